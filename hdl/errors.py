@@ -1,0 +1,26 @@
+"""The one kind of error a user is meant to read.
+
+Everything that can be wrong with what a person gave us (a file, an option, a folder, a machine) is
+raised as `HdlError` with a message that says what was found, where, what was expected and what to do.
+Anything else that escapes is a bug in hdl and keeps its traceback.
+"""
+
+import sys
+from collections.abc import Callable
+
+
+class HdlError(Exception):
+    """Bad input or a machine that cannot do what was asked; the message is written for the user."""
+
+
+def command_line(main: Callable[[], int | None]) -> None:
+    """Run a tool's `main` and leave with its exit status; an `HdlError` becomes one line and status 1."""
+    try:
+        status = main()
+    except HdlError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 130
+    sys.exit(status or 0)

@@ -1,0 +1,69 @@
+"""From a prompt to token ids and text embeddings.
+
+A prompt is wrapped by the checkpoint's own chat template as one user message with the generation
+prompt added, then <|boi_token|> and one <|tms_token|> follow. Ids of special tokens are looked up in the
+tokenizer, never hard-coded. An embedding is the frozen token table's row.
+"""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from hdl.errors import HdlError
+from hdl.o1.checkpoint import Checkpoint
+from hdl.o1.layout import IMAGE_POSITION
+
+BEGIN_OF_IMAGE = "<|boi_token|>"
+TIMESTEP = "<|tms_token|>"
+UNCONDITIONAL_PROMPT = " "  # what guidance and caption dropout use for "no prompt"
+
+
+class PromptEncoder:
+    """A checkpoint's tokenizer and the rows of its token table."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.tokenizer = load_tokenizer(checkpoint.folder)
+        self.image_ids = [self._special(BEGIN_OF_IMAGE), self._special(TIMESTEP)]
+
+    def ids(self, prompt: str) -> list[int]:
+        """The L token ids of a prompt, boi and tms included."""
+        messages = [{"role": "user", "content": prompt}]
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids = self.tokenizer.encode(text, add_special_tokens=False) + self.image_ids
+        if len(ids) > IMAGE_POSITION:
+            raise HdlError(
+                f"a prompt of {len(ids)} tokens ({prompt[:60]!r}…) is too long: the image's positions start at "
+                f"{IMAGE_POSITION}; shorten it"
+            )
+        if max(ids) >= self.checkpoint.config.vocab_size:
+            raise HdlError(
+                f"the tokenizer in {self.checkpoint.folder} gives token {max(ids)}, the checkpoint's table has "
+                f"{self.checkpoint.config.vocab_size} rows: it belongs to another model"
+            )
+        return ids
+
+    def embed(self, ids: list[int]) -> Tensor:
+        """bfloat16 [len(ids), D]."""
+        return self.checkpoint.token_rows(ids)
+
+    def _special(self, token: str) -> int:
+        token_id = self.tokenizer.convert_tokens_to_ids(token)
+        if token_id is None or token_id == self.tokenizer.unk_token_id:
+            raise HdlError(f"the tokenizer in {self.checkpoint.folder} has no {token}: it is not O1's tokenizer")
+        return token_id
+
+
+def load_tokenizer(folder: Path):  # type: ignore[no-untyped-def]  # transformers' classes carry no useful type
+    """The checkpoint's tokenizer from local files only; HdlError when there is none."""
+    from transformers import AutoTokenizer  # slow to import, and training from shards never needs it
+
+    if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
+        raise HdlError(
+            f"{folder}: no tokenizer there (neither tokenizer.json nor vocab.json); copy the published "
+            "tokenizer files beside config.json, or point config_from at a folder that has them"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise HdlError(f"{folder}: its tokenizer files do not load ({error})") from None
