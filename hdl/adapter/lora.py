@@ -1,0 +1,108 @@
+"""LoRA on the decoder, through PEFT: attach, save, load.
+
+The adapter's parameters and files are PEFT's own. Because modules are named as in the published
+checkpoint, `adapter_model.safetensors` with `adapter_config.json` loads onto the published model.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from hdl.config import Lora
+from hdl.errors import HdlError
+from hdl.o1.decoder import O1
+from hdl.seeds import derive_seed, seeded
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+
+
+def attach(model: O1, lora: Lora, base: str, seed: int) -> PeftModel:
+    """Wrap a frozen model with a fresh adapter (its output is zero); only the adapter is trainable.
+
+    base: recorded in the adapter as the model it belongs to. HdlError when no module matches `targets`.
+    """
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT computes with any number
+        use_rslora=lora.rslora,
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets,
+        base_model_name_or_path=base,
+    )
+    try:
+        with seeded(derive_seed(seed, "lora")):  # every rank starts from the same A
+            return get_peft_model(model, config)  # type: ignore[arg-type]  # any nn.Module will do
+    except ValueError as error:
+        raise HdlError(
+            f"lora.targets {lora.targets!r} fits no linear of the model ({error}); names look like "
+            "model.language_model.layers.0.self_attn.q_proj"
+        ) from None
+
+
+def adapter_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
+    """The trainable parameters by module name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def save_adapter(model: PeftModel, weights: dict[str, Tensor], folder: Path) -> None:
+    """Write a PEFT adapter from full `weights` named as in `adapter_parameters`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    named = get_peft_model_state_dict(model, state_dict=weights)
+    save_file({name: w.detach().cpu().contiguous() for name, w in named.items()}, folder / WEIGHTS_FILE)
+    config = model.peft_config["default"]
+    config.inference_mode, training = True, config.inference_mode
+    config.save_pretrained(str(folder))
+    config.inference_mode = training
+
+
+def read_adapter(model: PeftModel, folder: Path) -> dict[str, Tensor]:
+    """A saved adapter's weights, named as in `adapter_parameters` of a model of the same rank and targets.
+
+    HdlError when names or shapes differ from the model's.
+    """
+    try:
+        found = load_file(folder / WEIGHTS_FILE)
+    except (OSError, SafetensorError) as error:
+        raise HdlError(f"{folder / WEIGHTS_FILE}: not readable ({error})") from None
+    parameters = adapter_parameters(model)
+    name_of = {id(p): name for name, p in parameters.items()}
+    in_file = get_peft_model_state_dict(model, state_dict=parameters)  # PEFT's names in the file
+    expected = {stored: _shape(in_file, stored) for stored in in_file}
+    wrong = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != _shape(found, n))
+    if wrong:
+        raise HdlError(
+            f"{folder / WEIGHTS_FILE} is an adapter of another shape: {wrong[0]} is {_shape(found, wrong[0])}, "
+            f"expected {expected.get(wrong[0])} ({len(wrong)} tensors differ); use the rank and targets it was "
+            "made with"
+        )
+    return {name_of[id(in_file[stored])]: weight for stored, weight in found.items()}
+
+
+def load_adapter(model: PeftModel, folder: Path) -> None:
+    """Fill the attached adapter from a folder, in the dtype it has in the model."""
+    weights = read_adapter(model, folder)
+    with torch.no_grad():
+        for name, parameter in adapter_parameters(model).items():
+            parameter.copy_(weights[name])
+
+
+def open_adapter(model: O1, folder: Path) -> PeftModel:
+    """Attach a saved adapter to a model, as it was trained, ready to draw with."""
+    try:
+        config = LoraConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, TypeError, json.JSONDecodeError) as error:
+        raise HdlError(f"{folder}: no readable {CONFIG_FILE} of a LoRA there ({error})") from None
+    config.inference_mode = False  # PEFT would freeze it before it is filled
+    adapted = get_peft_model(model, config)  # type: ignore[arg-type]
+    load_adapter(adapted.train(), folder)
+    return adapted.requires_grad_(False).eval()
+
+
+def _shape(tensors: dict[str, Tensor] | dict[str, nn.Parameter], name: str) -> list[int] | None:
+    return list(tensors[name].shape) if name in tensors else None

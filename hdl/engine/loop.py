@@ -1,0 +1,242 @@
+"""The run: everything that train.py's config describes, from checks to the saved adapter."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from deepspeed import DeepSpeedEngine
+from torch import Tensor
+
+from hdl.adapter.lora import attach, load_adapter, save_adapter
+from hdl.config import Run
+from hdl.data.batches import Batch, Batches
+from hdl.data.shards import Shards
+from hdl.engine.checkpoints import adapter_weights, read_state, restore, save_checkpoint
+from hdl.engine.processes import Processes
+from hdl.engine.run_folder import RunFolder
+from hdl.engine.sharding import read_strategy, shard, shares
+from hdl.engine.validation import Validation, save_picture
+from hdl.errors import HdlError
+from hdl.flow.noise import VARIANTS
+from hdl.flow.sigma import draw_sigmas
+from hdl.flow.step import flow_matching_loss
+from hdl.memory.recompute import recompute_every_layer
+from hdl.o1.checkpoint import Checkpoint, load_model, open_checkpoint
+from hdl.report.curves import Reporter, StepReport, band_sums
+from hdl.seeds import derive_seed, seeded
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is known to be right before a weight is read."""
+
+    folder: RunFolder
+    checkpoint: Checkpoint
+    shards: Shards
+    validation: Validation
+    trained_on: dict[str, str]
+
+
+def prepare(run: Run, processes: Processes) -> Prepared:
+    """Check everything that can be wrong, cheapest first; the run's folder is claimed last."""
+    shares(run.train, processes.world)
+    read_strategy(run.train.deepspeed)
+    checkpoint = open_checkpoint(run.model.base, run.model.config_from, run.model.random_init)
+    fingerprint = checkpoint.fingerprint()
+    shards = Shards(run.data.shards, fingerprint)
+    validation = Validation(run, checkpoint, processes)
+    trained_on = {"base": fingerprint, "data": shards.dataset_hash}
+    folder = RunFolder(run.save.output)
+    problem = None
+    if processes.is_main:
+        try:
+            folder.claim(run)
+            if run.resume:
+                _check_same_run(read_state(folder.to_resume()), trained_on, folder)
+        except HdlError as error:
+            problem = error
+    processes.all_or_none(problem)
+    return Prepared(folder, checkpoint, shards, validation, trained_on)
+
+
+def _check_same_run(state: dict[str, str], trained_on: dict[str, str], folder: RunFolder) -> None:
+    for what, now in trained_on.items():
+        if state.get(what) != now:
+            raise HdlError(
+                f"{folder.path} was trained on another {what} ({state.get(what)}) than this config's ({now}); "
+                "resume it with its own config.toml, or start in another folder"
+            )
+
+
+def train(run: Run, processes: Processes) -> None:
+    """Train the adapter; HdlError for everything a user can mend."""
+    try:
+        prepared, problem = prepare(run, processes), None
+    except HdlError as error:
+        problem = error
+    processes.all_or_none(problem)
+
+    dtype = _dtype(run, processes)
+    model = load_model(prepared.checkpoint, processes.device, dtype)
+    if run.model.gradient_checkpointing:
+        recompute_every_layer(model)
+    adapted = attach(model, run.lora, str(run.model.base), run.train.seed)
+    done = 0
+    if run.resume:
+        newest = prepared.folder.to_resume()
+        done = int(read_state(newest)["step"])
+        load_adapter(adapted, newest)
+    engine = shard(adapted, run.train, dtype, processes)
+    if run.resume:
+        restore(engine, newest, done)
+    if processes.is_main:
+        _announce(run, prepared, processes, dtype, done)
+    Loop(run, prepared, processes, engine, done).go()
+
+
+class Loop:
+    """The steps themselves, with what happens between them."""
+
+    def __init__(
+        self, run: Run, prepared: Prepared, processes: Processes, engine: DeepSpeedEngine, done: int
+    ) -> None:
+        self.run, self.prepared, self.processes, self.engine = run, prepared, processes, engine
+        self.done = done  # optimizer steps taken so far
+        self.variant = VARIANTS[run.model.variant]
+        self.micro, self.accumulation = shares(run.train, processes.world)
+        self.batches = Batches(
+            prepared.shards,
+            batch_size=run.train.batch_size,
+            micro_batch_size=self.micro,
+            rank=processes.rank,
+            world=processes.world,
+            seed=run.train.seed,
+            caption_dropout=run.data.caption_dropout,
+            pin_memory=processes.device.type == "cuda",
+        )
+        self.reporter = (
+            Reporter(prepared.folder.tensorboard, done, run.train.steps) if processes.is_main else None
+        )
+
+    def go(self) -> None:
+        run, steps = self.run, self.run.train.steps
+        try:
+            if self.done == 0:
+                self._draw_pictures()
+            while self.done < steps:
+                self._step()
+                last = self.done == steps
+                if last or self.done % run.save.every == 0:
+                    self._save()
+                if last or self.done % run.validation.every == 0:
+                    self._draw_pictures()
+            self._save_adapter()
+        finally:
+            self.batches.close()
+            if self.reporter:
+                self.reporter.close()
+
+    def _step(self) -> None:
+        step, train = self.done, self.run.train
+        flow = self.run.flow
+        sigmas = draw_sigmas(
+            train.batch_size, train.seed, step,
+            distribution=flow.sigma, mean=flow.logit_mean, std=flow.logit_std, shift=flow.shift,
+        )  # fmt: skip
+        batches = self.batches.of_step(step)
+        measured = torch.zeros(10, dtype=torch.float64)  # loss, tokens, error and count by band of sigma
+        with seeded(derive_seed(train.seed, "dropout", step, self.processes.rank)):
+            for i, batch in enumerate(batches):
+                loss, errors = flow_matching_loss(
+                    self.engine, batch.to(self.processes.device), sigmas, step,
+                    variant=self.variant, flow=flow, seed=train.seed,
+                )  # fmt: skip
+                # DeepSpeed averages gradients over ranks and micro-batches; `loss` is a part of a sum.
+                self.engine.backward(loss * (self.processes.world * self.accumulation))
+                measured += _measured(loss, batch, sigmas, errors)
+                if i == len(batches) - 1:
+                    measured = self.processes.sum(measured)
+                    if not math.isfinite(float(measured[0])):
+                        self._stop_at_nan(batches, sigmas)
+                self.engine.step()
+        grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
+        if not math.isfinite(grad_norm):
+            raise HdlError(
+                f"the gradient of step {step + 1} is not finite, though its loss is ({float(measured[0]):.4g}); nothing "
+                f"was saved after it. Resume from the last checkpoint in {self.prepared.folder.checkpoints} with a lower "
+                "train.lr"
+            )
+        self.done += 1
+        if self.reporter:
+            self.reporter.step(self.done, self._report(measured, grad_norm))
+
+    def _report(self, measured: Tensor, grad_norm: float) -> StepReport:
+        on_gpu = self.processes.device.type == "cuda"
+        return StepReport(
+            loss=float(measured[0]),
+            bands=measured[2:].view(2, -1),
+            grad_norm=grad_norm,
+            lr=self.engine.get_lr()[0],
+            images=self.run.train.batch_size,
+            tokens=int(measured[1]),
+            peak_memory=torch.cuda.max_memory_allocated() / GIB if on_gpu else 0.0,
+        )
+
+    def _stop_at_nan(self, batches: list[Batch], sigmas: Tensor) -> None:
+        """The step's gradients are thrown away: what is saved is the state before it."""
+        saved = self._save()
+        places = [place for batch in batches for place in batch.places]
+        keys = [key for batch in batches for key in batch.keys]
+        everyone = self.processes.gather([f"{k} at sigma {float(sigmas[p]):.4f}" for k, p in zip(keys, places)])
+        samples = ", ".join(text for texts in everyone for text in texts)
+        raise HdlError(
+            f"the loss of step {self.done + 1} is not finite; the state before it is kept in {saved}. Its samples: "
+            f"{samples}. Look at these images, or resume with a lower train.lr"
+        )
+
+    def _save(self) -> str:
+        path = save_checkpoint(
+            self.engine, self.prepared.folder.checkpoints, self.done, self.prepared.trained_on, self.processes
+        )
+        if self.reporter:
+            self.reporter.say(f"saved {path}")
+            self.reporter.restart_clock()
+        return str(path)
+
+    def _save_adapter(self) -> None:
+        weights = adapter_weights(self.engine)
+        if self.processes.is_main:
+            save_adapter(self.engine.module, weights, self.prepared.folder.adapter)
+            self.reporter.say(f"adapter: {self.prepared.folder.adapter}")
+
+    def _draw_pictures(self) -> None:
+        if not self.prepared.validation.prompts:
+            return
+        grid = self.prepared.validation.draw(self.engine.module)
+        if self.reporter:
+            path = save_picture(grid, self.prepared.folder.pictures, self.done)
+            self.reporter.picture(self.done, grid)
+            self.reporter.say(f"pictures after {self.done} steps: {path}")
+
+
+def _measured(loss: Tensor, batch: Batch, sigmas: Tensor, errors: Tensor) -> Tensor:
+    sums = band_sums(sigmas[batch.places], errors.cpu())
+    head = torch.tensor([float(loss.detach()), batch.layout.tokens], dtype=torch.float64)
+    return torch.cat([head, sums.flatten()])
+
+
+def _dtype(run: Run, processes: Processes) -> torch.dtype:
+    if run.model.dtype == "auto":
+        return torch.bfloat16 if processes.device.type == "cuda" else torch.float32
+    return getattr(torch, run.model.dtype)
+
+
+def _announce(run: Run, prepared: Prepared, processes: Processes, dtype: torch.dtype, done: int) -> None:
+    start = f"resuming after step {done}" if done else "starting"
+    print(
+        f"{start}: {len(prepared.shards.infos)} images, {run.train.batch_size} a step on {processes.world} "
+        f"process(es) on {processes.device.type}, {str(dtype).removeprefix('torch.')}, LoRA rank {run.lora.rank}, "
+        f"{run.train.deepspeed.stem}; curves: tensorboard --logdir {prepared.folder.tensorboard}"
+    )

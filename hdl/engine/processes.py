@@ -1,0 +1,81 @@
+"""The process group: one process a GPU, or several on the CPU, as torchrun starts them.
+
+Run without torchrun, a process is a world of one. Without a GPU the group talks over gloo and DeepSpeed
+is told to use its CPU accelerator.
+"""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from hdl.errors import HdlError
+
+TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Processes:
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Add up a tensor over all ranks; every rank gets the sum."""
+        values = values.to(self.device)
+        dist.all_reduce(values)
+        return values.cpu()
+
+    def gather(self, thing: Any) -> list[Any]:
+        """Every rank's object, on every rank, in rank order."""
+        things: list[Any] = [None] * self.world
+        dist.all_gather_object(things, thing)
+        return things
+
+    def all_or_none(self, error: HdlError | None) -> None:
+        """If any rank has an error, every rank raises it, so that none is left waiting for another."""
+        errors = [e for e in self.gather(str(error) if error else None) if e]
+        if errors:
+            raise HdlError("; ".join(dict.fromkeys(errors)))
+
+
+@contextmanager
+def process_group() -> Iterator[Processes]:
+    """Join the group torchrun describes in the environment; leave it at the end, whatever happens."""
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+        os.environ["MASTER_PORT"] = str(_free_port())
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    use_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    if use_gpu:
+        if local_rank >= torch.cuda.device_count():
+            raise HdlError(
+                f"local rank {local_rank} has no GPU: this machine has {torch.cuda.device_count()}; start torchrun "
+                "with --nproc_per_node at most that, or set DS_ACCELERATOR=cpu"
+            )
+        torch.cuda.set_device(local_rank)
+        device = torch.device("cuda", local_rank)
+    else:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        device = torch.device("cpu")
+    dist.init_process_group("nccl" if use_gpu else "gloo", timeout=TIMEOUT, device_id=device if use_gpu else None)
+    try:
+        yield Processes(dist.get_rank(), dist.get_world_size(), device)
+    finally:
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,104 @@
+"""DeepSpeed: the optimizer, its schedule, and the engine that shards them by a ds_configs/ file.
+
+The file says how to shard; batch sizes, clipping and precision come from the run's config, so that each
+is said once.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+from transformers import get_scheduler
+
+from hdl.config import Train
+from hdl.engine.processes import Processes
+from hdl.errors import HdlError
+
+SET_BY_HDL = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "bf16",
+    "fp16",
+    "optimizer",
+    "scheduler",
+)
+
+
+def read_strategy(path: Path) -> dict[str, Any]:
+    """A ds_configs/ file; HdlError when it is missing, not JSON, or sets what the run's config sets."""
+    try:
+        strategy = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise HdlError(f"train.deepspeed {path}: no such file; hdl's own are in ds_configs/") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise HdlError(f"train.deepspeed {path}: not readable as JSON ({error})") from None
+    clash = [key for key in SET_BY_HDL if key in strategy]
+    if clash:
+        raise HdlError(f"train.deepspeed {path} sets {', '.join(clash)}; set the run's own options instead")
+    return strategy
+
+
+def shares(train: Train, world: int) -> tuple[int, int]:
+    """(samples a rank packs into one micro-batch, micro-batches a step); HdlError when they come out odd."""
+    if train.batch_size % world:
+        raise HdlError(
+            f"train.batch_size {train.batch_size} is not a multiple of the {world} processes; start with "
+            f"train.batch_size {math.ceil(train.batch_size / world) * world}, or another number of processes"
+        )
+    share = train.batch_size // world
+    micro = train.micro_batch_size or share
+    if share % micro:
+        raise HdlError(
+            f"train.micro_batch_size {micro} does not divide a rank's share of the batch, {share} "
+            f"(batch_size {train.batch_size} over {world} processes)"
+        )
+    return micro, share // micro
+
+
+def build_optimizer(train: Train, parameters: list[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
+    settings = {"lr": train.lr, "betas": train.betas, "weight_decay": train.weight_decay}
+    if train.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, fused=True, **settings)  # type: ignore[arg-type]
+    if device.type != "cuda":
+        raise HdlError(
+            "train.optimizer adamw_8bit needs a CUDA GPU (bitsandbytes' 8-bit AdamW runs on none here); "
+            "use train.optimizer adamw"
+        )
+    import bitsandbytes  # slow to import and only of use here
+
+    return bitsandbytes.optim.AdamW8bit(parameters, **settings)
+
+
+def shard(
+    model: nn.Module, train: Train, dtype: torch.dtype, processes: Processes
+) -> deepspeed.DeepSpeedEngine:
+    """Hand the trainable parameters of `model` to DeepSpeed."""
+    micro, accumulation = shares(train, processes.world)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = build_optimizer(train, parameters, processes.device)
+    kind = {"constant": "constant_with_warmup", "cosine": "cosine"}[train.schedule]
+    scheduler = get_scheduler(kind, optimizer, train.warmup_steps, train.steps)
+    settings = read_strategy(train.deepspeed) | {
+        "train_batch_size": train.batch_size,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": train.grad_clip,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "zero_allow_untested_optimizer": True,  # bitsandbytes'
+        "steps_per_print": 2**31,
+    }
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=parameters,
+        optimizer=optimizer,
+        lr_scheduler=scheduler,
+        config=settings,
+        dist_init_required=False,
+    )
+    return engine

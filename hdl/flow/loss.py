@@ -1,0 +1,29 @@
+"""The flow-matching loss: how far the predicted clean patches are from the clean patches.
+
+The model predicts x0, so the plain loss is the mean squared error of x_pred over patch tokens. A
+velocity is (x_pred - z) / sigma, which makes the velocity loss the same error weighted by 1/sigma^2.
+"""
+
+import torch
+from torch import Tensor
+
+MIN_SIGMA = 1e-3  # the model's own floor where it divides by sigma
+
+
+def patch_errors(x_pred: Tensor, x0: Tensor) -> Tensor:
+    """float32 [P]: mean squared error of each patch, of x_pred and x0 [P, 3072]."""
+    return (x_pred.float() - x0.float()).square().mean(dim=-1)
+
+
+def loss_weights(sigma: Tensor, weighting: str) -> Tensor:
+    """What each patch's error is multiplied with: 1 for "x0", 1/max(sigma, 1e-3)^2 for "velocity"."""
+    if weighting == "x0":
+        return torch.ones_like(sigma)
+    if weighting == "velocity":
+        return sigma.clamp(min=MIN_SIGMA).pow(-2)
+    raise ValueError(f"unknown loss weighting {weighting!r}")
+
+
+def velocity(x_pred: Tensor, z: Tensor, sigma: float) -> Tensor:
+    """(x_pred - z) / max(sigma, 1e-3)."""
+    return (x_pred - z) / max(sigma, MIN_SIGMA)

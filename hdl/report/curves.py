@@ -1,0 +1,85 @@
+"""What a run shows while it runs: TensorBoard curves and pictures, and a progress bar, on rank 0."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from hdl.sample.grid import as_tensor
+
+BANDS = 4  # noise levels are reported in equal bands of sigma
+
+
+def band_sums(sigmas: Tensor, errors: Tensor) -> Tensor:
+    """float64 [2, BANDS]: the summed x0 error and the number of samples in each band of sigma."""
+    band = (sigmas * BANDS).long().clamp(max=BANDS - 1)
+    sums = torch.zeros(2, BANDS, dtype=torch.float64)
+    sums[0].index_add_(0, band, errors.double())
+    sums[1].index_add_(0, band, torch.ones_like(errors, dtype=torch.float64))
+    return sums
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimizer step, over all ranks."""
+
+    loss: float
+    bands: Tensor  # from band_sums
+    grad_norm: float
+    lr: float
+    images: int
+    tokens: int
+    peak_memory: float  # GiB on rank 0's device; 0 on a CPU
+
+
+class Reporter:
+    """Rank 0's; the other ranks have none."""
+
+    def __init__(self, folder: Path, first_step: int, steps: int) -> None:
+        self.writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
+        self.bar = tqdm(total=steps, initial=first_step, desc="training", unit="step", dynamic_ncols=True)
+        self._since = time.perf_counter()
+
+    def step(self, step: int, report: StepReport) -> None:
+        """Report the step that brought the run to `step` steps."""
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        scalars = {
+            "loss": report.loss,
+            "grad_norm": report.grad_norm,
+            "lr": report.lr,
+            "speed/images_per_second": report.images / seconds,
+            "speed/tokens_per_second": report.tokens / seconds,
+            "speed/seconds_per_step": seconds,
+            "memory/peak_gib": report.peak_memory,
+        }
+        for i, (total, count) in enumerate(report.bands.T.tolist()):
+            if count:
+                scalars[f"x0_error/sigma_{i / BANDS:.2f}-{(i + 1) / BANDS:.2f}"] = total / count
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, step)
+        self.bar.set_postfix_str(
+            f"loss {report.loss:.4f}, {report.images / seconds:.1f} images/s, peak {report.peak_memory:.1f} GiB"
+        )
+        self.bar.update()
+
+    def picture(self, step: int, image: Image.Image) -> None:
+        self.writer.add_image("validation", as_tensor(image), step, dataformats="HWC")
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leave what was done between two steps (drawing, saving) out of the speed."""
+        self.writer.flush()
+        self._since = time.perf_counter()
+
+    def say(self, line: str) -> None:
+        self.bar.write(line)
+
+    def close(self) -> None:
+        self.bar.close()
+        self.writer.close()

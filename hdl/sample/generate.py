@@ -1,0 +1,116 @@
+"""Draw pictures: several prompts at once, as one packed run.
+
+With guidance every picture is two samples of the run, one with its prompt and one with the empty
+prompt, and v = v_u + g (v_c - v_u).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hdl.flow.loss import velocity
+from hdl.flow.noise import VARIANTS
+from hdl.o1.decoder import O1
+from hdl.o1.layout import Segment, lay_out
+from hdl.o1.patches import PATCH, patchify, to_pixels, unpatchify
+from hdl.sample.schedulers import Flash, Scheduler, UniPC
+
+
+@dataclass(frozen=True)
+class Request:
+    """One picture: text embeddings [L, D] of its prompt, its size in pixels and its seed."""
+
+    text: Tensor
+    height: int
+    width: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """variant "full": UniPC with `steps`, `guidance_scale` and `shift`; "dev": its 28 fixed steps, unguided."""
+
+    variant: str
+    steps: int
+    guidance_scale: float
+    shift: float
+
+
+def generate(
+    model: Callable[..., Tensor],
+    requests: Sequence[Request],
+    empty_text: Tensor,
+    settings: SamplerSettings,
+    device: torch.device | str,
+) -> list[Tensor]:
+    """Draw every request with the variant's own sampler; uint8 [H, W, 3] each, on the CPU.
+
+    model: an O1 (adapted or not), called as model(text, z, t, layout). empty_text [L, D]: the embedding of
+    the unconditional prompt. The pictures do not depend on what else is drawn in the same call.
+    """
+    variant = VARIANTS[settings.variant]
+    generators = [torch.Generator().manual_seed(request.seed + 1) for request in requests]
+    images = [
+        torch.randn(1, 3, r.height, r.width, generator=g) for r, g in zip(requests, generators)
+    ]
+    z = torch.cat([patchify(image[0].permute(1, 2, 0)) for image in images]) * variant.noise_scale
+    if settings.variant == "full":
+        scheduler: Scheduler = UniPC(settings.steps, settings.shift)
+        guidance = settings.guidance_scale
+    else:
+        scheduler, guidance = Flash(variant.noise_scale, variant.clip), 0.0
+
+    def step_noise(i: int) -> Tensor:
+        counts = [_patches(r) for r in requests]
+        return torch.cat([torch.randn(n, z.shape[1], generator=g) for n, g in zip(counts, generators)])
+
+    final = denoise(model, requests, empty_text, z.to(device), scheduler, guidance, step_noise)
+    return _cut(to_pixels(final).cpu(), requests)
+
+
+@torch.no_grad()
+def denoise(
+    model: Callable[..., Tensor],
+    requests: Sequence[Request],
+    empty_text: Tensor,
+    z: Tensor,
+    scheduler: Scheduler,
+    guidance_scale: float,
+    step_noise: Callable[[int], Tensor],
+) -> Tensor:
+    """From noise z [P, 3072] float32 of all requests to the clean patches [P, 3072].
+
+    guidance_scale 0 or 1 draws unguided. step_noise(i): standard normal like z for step i, used by
+    stochastic schedulers only.
+    """
+    guided = guidance_scale not in (0.0, 1.0)
+    texts = [r.text for r in requests]
+    segments = [Segment(len(r.text), r.height // PATCH, r.width // PATCH) for r in requests]
+    if guided:
+        texts += [empty_text] * len(requests)
+        segments += [Segment(len(empty_text), s.rows, s.cols) for s in segments]
+    layout = lay_out(segments).to(z.device)
+    text = torch.cat([t.to(z.device) for t in texts])
+    for i, timestep in enumerate(scheduler.timesteps):
+        sigma = timestep / 1000
+        t = torch.full((len(segments),), 1.0 - sigma, device=z.device)
+        x_pred = model(text, torch.cat([z, z]) if guided else z, t, layout).float()
+        if guided:
+            conditional, unconditional = (velocity(x, z, sigma) for x in x_pred.chunk(2))
+            v = unconditional + guidance_scale * (conditional - unconditional)
+        else:
+            v = velocity(x_pred, z, sigma)
+        noise = step_noise(i).to(z.device) if scheduler.stochastic else None
+        z = scheduler.step(i, v, z, noise)
+    return z
+
+
+def _patches(request: Request) -> int:
+    return (request.height // PATCH) * (request.width // PATCH)
+
+
+def _cut(pixels: Tensor, requests: Sequence[Request]) -> list[Tensor]:
+    runs = pixels.split([_patches(r) for r in requests])
+    return [unpatchify(p, r.height // PATCH, r.width // PATCH) for p, r in zip(runs, requests)]

@@ -1,0 +1,20 @@
+"""Train a LoRA on an O1: torchrun --nproc_per_node=N train.py CONFIG.toml [--section.field VALUE ...]"""
+
+import sys
+
+from hdl.config import load_run
+from hdl.errors import command_line
+
+
+def main() -> None:
+    run = load_run(sys.argv[1:])
+    from hdl.engine.processes import process_group  # torch and DeepSpeed take seconds to import
+
+    with process_group() as processes:
+        from hdl.engine.loop import train  # after process_group: it tells DeepSpeed which accelerator to use
+
+        train(run, processes)
+
+
+if __name__ == "__main__":
+    command_line(main)
