@@ -45,10 +45,9 @@ def list_folder(root: Path, leave_out: Path) -> Folder:
         if text not in captions:
             skips[text] = Skip("caption without image", "a caption with no image of the same name beside it")
     if not images:
-        others = f"{len(texts) + len(skips)} other file(s)" if texts or skips else "nothing else"
         raise HdlError(
-            f"{root}: no image there in any depth ({others}); expected files in {' '.join(SUFFIXES)} "
-            "with .txt captions beside them"
+            f"{root}: no image there in any depth (other files: {len(skips)}); expected files in "
+            f"{' '.join(SUFFIXES)} with .txt captions beside them"
         )
     return Folder(root, sorted(images), skips)
 

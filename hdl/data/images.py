@@ -16,10 +16,10 @@ from PIL import Image, ImageCms, ImageOps
 
 from hdl.data.buckets import PATCH, choose_bucket, fit
 
-SUFFIXES = (
-    *(".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm"),
-    *(".png", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
-)
+SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+# By content, not by name: Pillow knows formats that run other programs (EPS) or are no pictures.
+Image.init()
+FORMATS = sorted({"AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP"}.intersection(Image.OPEN))
 
 
 class Skip(Exception):
@@ -87,7 +87,7 @@ def read_rgb(data: bytes) -> tuple[Image.Image, str | None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))  # reads the header only
+            image = Image.open(io.BytesIO(data), formats=FORMATS)  # reads the header only
             check_size(image)
             note = first_frame_note(image)
             image.load()

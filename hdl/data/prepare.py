@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -240,7 +241,11 @@ def pictures(tasks: Iterator[Task], workers: int) -> Iterator[tuple[Task, tuple[
             yield task, picture_or_skip(task.job)
         return
     # spawn: this process has threads (torch, tokenizers), which a fork may leave locked.
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    # They leave Ctrl-C to this process, which stops them.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(
+        workers, context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
+    )
     waiting: deque[tuple[Task, Future[tuple[str, Picture | None] | Skip]]] = deque()
     try:
         for task in tasks:

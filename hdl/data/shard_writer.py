@@ -12,6 +12,7 @@ import os
 import re
 import tarfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -141,8 +142,10 @@ class ShardWriter:
 
     def abandon(self) -> None:
         """Give up the open shard; closed ones stay noted for the next run."""
-        if self.file is not None:
-            self.file.close()
+        if self.file is not None and self.tar is not None:
+            with suppress(OSError):  # a full disk is already being reported
+                self.tar.close()
+                self.file.close()
             os.unlink(self.file.name)
             self.file = self.tar = None
 

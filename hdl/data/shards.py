@@ -147,7 +147,7 @@ def check_base(folder: Path, index: dict[str, Any], fingerprint: str | None) -> 
     found = index["base"]["fingerprint"]
     if fingerprint is not None and fingerprint != found:
         raise HdlError(
-            f"{folder}: shards of another base: their text embeddings come from the token table {found[:23]}…, "
+            f"{folder}: shards of another base: its text embeddings come from token table {found[:23]}…, "
             f"the checkpoint given has {fingerprint[:23]}…; name the checkpoint they were prepared with, or "
             "prepare the images for this one into a new folder"
         )
@@ -161,7 +161,8 @@ def check_size(path: Path, size: int) -> None:
     if found != size:
         raise HdlError(
             f"{path}: has {found:,} bytes, {INDEX_FILE} says {size:,}: it is "
-            f"{'cut off' if found < size else 'not the file that was written'}; copy it again or {PREPARE_AGAIN}"
+            f"{'cut off' if found < size else 'not the file that was written'}; "
+            f"copy it again or {PREPARE_AGAIN}"
         )
 
 

@@ -1,0 +1,193 @@
+"""Whatever an image file holds, the right RGB comes out, or a skip that says why."""
+
+import hashlib
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from hdl.data.images import Job, Skip, make_picture, picture_or_skip, read_rgb
+
+SIDE = 40
+
+
+def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def rgb(data: bytes) -> np.ndarray:
+    return np.asarray(read_rgb(data)[0])
+
+
+def flat(mode: str, colour: object) -> Image.Image:
+    return Image.new(mode, (SIDE, SIDE), colour)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        (flat("RGB", (200, 100, 50)), (200, 100, 50)),
+        (flat("L", 90), (90, 90, 90)),
+        (flat("1", 1), (255, 255, 255)),
+        (flat("RGBA", (200, 100, 50, 0)), (255, 255, 255)),
+        (flat("RGBA", (200, 100, 50, 255)), (200, 100, 50)),
+        (flat("RGBA", (0, 0, 0, 51)), (204, 204, 204)),
+        (flat("LA", (100, 0)), (255, 255, 255)),
+        (flat("LA", (0, 51)), (204, 204, 204)),
+        (flat("I;16", 0x8080), (128, 128, 128)),
+        (flat("I;16", 65535), (255, 255, 255)),
+    ],
+    ids=lambda value: value.mode if isinstance(value, Image.Image) else str(value),
+)
+def test_png_modes(image: Image.Image, expected: tuple[int, int, int]) -> None:
+    assert (rgb(encoded(image)) == expected).all()
+
+
+def png(bit_depth: int, colour_type: int, row: bytes, extra: bytes = b"") -> bytes:
+    """A PNG of SIDE x SIDE whose rows are all `row`, for kinds that Pillow does not write."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", SIDE, SIDE, bit_depth, colour_type, 0, 0, 0)
+    body = zlib.compress((b"\0" + row) * SIDE)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + extra + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+
+
+def test_16_bit_colour_png() -> None:
+    row = struct.pack(">HHH", 0xC8C8, 0x6464, 0x3232) * SIDE
+    assert (rgb(png(16, 2, row)) == (0xC8, 0x64, 0x32)).all()
+
+
+def test_16_bit_colour_png_with_alpha() -> None:
+    row = struct.pack(">HHHH", 0xC8C8, 0x6464, 0x3232, 0) * SIDE
+    assert (rgb(png(16, 6, row)) == 255).all()
+
+
+def test_16_bit_grey_pgm() -> None:
+    pixels = struct.pack(">H", 0x4040) * (SIDE * SIDE)
+    assert (rgb(b"P5 %d %d 65535\n" % (SIDE, SIDE) + pixels) == 0x40).all()
+
+
+def test_palette() -> None:
+    image = flat("P", 1)
+    image.putpalette([0, 0, 0, 10, 200, 30])
+    assert (rgb(encoded(image)) == (10, 200, 30)).all()
+
+
+def test_transparent_palette_entry_becomes_white() -> None:
+    image = flat("P", 0)
+    image.putpalette([10, 200, 30, 1, 2, 3])
+    image.paste(1, (0, 0, SIDE, 20))
+    out = rgb(encoded(image, transparency=0))
+    assert (out[:20] == (1, 2, 3)).all()
+    assert (out[20:] == 255).all()
+
+
+def test_transparent_gif() -> None:
+    image = flat("P", 0)
+    image.putpalette([10, 200, 30, 1, 2, 3])
+    image.paste(1, (0, 0, SIDE, 20))
+    out = rgb(encoded(image, "GIF", transparency=0))
+    assert (out[:20] == (1, 2, 3)).all()
+    assert (out[20:] == 255).all()
+
+
+def test_transparent_colour_of_rgb_png() -> None:
+    assert (rgb(encoded(flat("RGB", (1, 2, 3)), transparency=(1, 2, 3))) == 255).all()
+
+
+def test_cmyk_jpeg() -> None:
+    out = rgb(encoded(flat("CMYK", (0, 255, 255, 0)), "JPEG", quality=100))
+    assert np.abs(out.astype(int) - (255, 0, 0)).max() <= 3
+
+
+def test_exif_orientation_turns_the_image_upright() -> None:
+    image = Image.new("RGB", (80, SIDE), "black")
+    image.paste((255, 255, 255), (0, 0, 40, SIDE))  # left half white
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned a quarter clockwise: left becomes top
+    out = rgb(encoded(image, exif=exif))
+    assert out.shape == (80, SIDE, 3)
+    assert (out[:40] == 255).all() and (out[40:] == 0).all()
+
+
+def test_colour_profile_is_applied() -> None:
+    # sRGB with the red and blue primaries exchanged, under another name.
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    swapped = srgb.replace(b"rXYZ", b"?XYZ").replace(b"bXYZ", b"rXYZ").replace(b"?XYZ", b"bXYZ")
+    swapped = swapped.replace("sRGB".encode("utf-16-be"), "swap".encode("utf-16-be"))
+    out = rgb(encoded(flat("RGB", (255, 0, 0)), icc_profile=swapped))
+    assert np.abs(out.astype(int) - (0, 0, 255)).max() <= 2
+
+
+@pytest.mark.parametrize("kind", ["damaged", "sRGB"])
+def test_damaged_or_srgb_profile_leaves_pixels_alone(kind: str) -> None:
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    profile = {"damaged": b"not a profile", "sRGB": srgb}[kind]
+    assert (rgb(encoded(flat("RGB", (201, 99, 51)), icc_profile=profile)) == (201, 99, 51)).all()
+
+
+def test_first_frame_of_an_animation_with_a_note() -> None:
+    frames = [flat("RGB", "red"), flat("RGB", "blue")]
+    image, note = read_rgb(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]))
+    assert (np.asarray(image) == (255, 0, 0)).all()
+    assert note == "the file has 2 frames; the first one is used"
+
+
+def bomb(side: int) -> bytes:
+    """A PNG of a few bytes that claims side x side pixels."""
+    data = bytearray(encoded(Image.new("1", (64, 64))))
+    data[16:24] = struct.pack(">II", side, side)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("data", "kind", "reason"),
+    [
+        (bomb(30000), "decompression bomb", "more than 89,478,485 pixels"),
+        (bomb(10000), "decompression bomb", "more than 89,478,485 pixels"),
+        (encoded(Image.new("RGB", (31, 500))), "too small", "31x500 px, smaller than one patch"),
+        (encoded(Image.effect_noise((64, 64), 50))[:-900], "corrupt image", "corrupt or cut off"),
+        (encoded(Image.effect_noise((64, 64), 50), "JPEG")[:-900], "corrupt image", "corrupt or cut off"),
+        (b"these are no pixels", "corrupt image", "damaged from its start"),
+        (encoded(flat("RGB", 0), "EPS"), "corrupt image", "not of a format that hdl reads"),
+        (bomb(64).replace(b"IHDR", b"IHDX"), "corrupt image", "damaged from its start"),
+        (encoded(flat("F", 0.5), "TIFF"), "no white level", "32-bit pixels (mode F) from 0.5 to 0.5"),
+        (encoded(flat("I", 70000), "TIFF"), "no white level", "from 70000 to 70000"),
+    ],
+    ids=["bomb", "large", "small", "cut PNG", "cut JPEG", "text", "EPS", "bad header", "float", "32-bit"],
+)
+def test_bad_images_are_skipped_with_a_reason(data: bytes, kind: str, reason: str) -> None:
+    with pytest.raises(Skip) as skip:
+        read_rgb(data)
+    assert skip.value.kind == kind
+    assert reason in skip.value.reason
+
+
+def test_zero_bytes_and_unreadable_files(tmp_path: Path) -> None:
+    empty = tmp_path / "empty.png"
+    empty.touch()
+    for path, kind in (
+        (empty, "empty file"),
+        (tmp_path, "unreadable file"),
+        (tmp_path / "no", "unreadable file"),
+    ):
+        answer = picture_or_skip(Job(str(path), 64, False, None))
+        assert isinstance(answer, Skip) and answer.kind == kind
+
+
+def test_known_bytes_are_not_decoded(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(b"no image: decoding it would raise")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert make_picture(Job(str(path), 64, False, unchanged_if=digest)) == (digest, None)
+    with pytest.raises(Skip):
+        make_picture(Job(str(path), 64, False, unchanged_if="0" * 64))
