@@ -1,12 +1,16 @@
 """Train a LoRA on an O1: torchrun --nproc_per_node=N train.py CONFIG.toml [--section.field VALUE ...]"""
 
+import logging
 import sys
+import warnings
 
 from hdl.config import load_run
 from hdl.errors import command_line
 
 
 def main() -> None:
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says that it has no fast 4-bit kernel for the CPU
     run = load_run(sys.argv[1:])
     from hdl.engine.processes import process_group  # torch and DeepSpeed take seconds to import
 

@@ -33,16 +33,17 @@ def attach(model: O1, lora: Lora, base: str, seed: int) -> PeftModel:
         use_rslora=lora.rslora,
         lora_dropout=lora.dropout,
         target_modules=lora.targets,
-        base_model_name_or_path=base,
     )
     try:
         with seeded(derive_seed(seed, "lora")):  # every rank starts from the same A
-            return get_peft_model(model, config)  # type: ignore[arg-type]  # any nn.Module will do
+            adapted = get_peft_model(model, config)  # type: ignore[arg-type]  # any nn.Module will do
     except ValueError as error:
         raise HdlError(
             f"lora.targets {lora.targets!r} fits no linear of the model ({error}); names look like "
             "model.language_model.layers.0.self_attn.q_proj"
         ) from None
+    config.base_model_name_or_path = base
+    return adapted
 
 
 def adapter_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
@@ -53,7 +54,7 @@ def adapter_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
 def save_adapter(model: PeftModel, weights: dict[str, Tensor], folder: Path) -> None:
     """Write a PEFT adapter from full `weights` named as in `adapter_parameters`."""
     folder.mkdir(parents=True, exist_ok=True)
-    named = get_peft_model_state_dict(model, state_dict=weights)
+    named = get_peft_model_state_dict(model, state_dict=weights, save_embedding_layers=False)
     save_file({name: w.detach().cpu().contiguous() for name, w in named.items()}, folder / WEIGHTS_FILE)
     config = model.peft_config["default"]
     config.inference_mode, training = True, config.inference_mode
@@ -72,7 +73,7 @@ def read_adapter(model: PeftModel, folder: Path) -> dict[str, Tensor]:
         raise HdlError(f"{folder / WEIGHTS_FILE}: not readable ({error})") from None
     parameters = adapter_parameters(model)
     name_of = {id(p): name for name, p in parameters.items()}
-    in_file = get_peft_model_state_dict(model, state_dict=parameters)  # PEFT's names in the file
+    in_file = get_peft_model_state_dict(model, state_dict=parameters, save_embedding_layers=False)  # PEFT's names in the file
     expected = {stored: _shape(in_file, stored) for stored in in_file}
     wrong = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != _shape(found, n))
     if wrong:

@@ -66,13 +66,21 @@ def process_group() -> Iterator[Processes]:
         torch.cuda.set_device(local_rank)
         device = torch.device("cuda", local_rank)
     else:
-        os.environ["DS_ACCELERATOR"] = "cpu"
+        _use_deepspeed_on_cpu()
         device = torch.device("cpu")
     dist.init_process_group("nccl" if use_gpu else "gloo", timeout=TIMEOUT, device_id=device if use_gpu else None)
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), device)
     finally:
         dist.destroy_process_group()
+
+
+def _use_deepspeed_on_cpu() -> None:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed.ops  # reads the variable when it is imported
+
+    # DeepSpeed would compile a shared-memory collective here, which takes a compiler and a minute; gloo will do.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _free_port() -> int:

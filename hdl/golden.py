@@ -1,0 +1,218 @@
+"""Holding hdl to the model's own numbers.
+
+A golden folder has an `index.json` that lists cases, a small checkpoint `o1-tiny`, and the numbers that
+the model's own code gave for each case (float32 on a CPU). Every case is computed again here and compared:
+
+    t2i      token ids, positions and types; x_pred of one forward pass
+    train    the noised image, x_pred, the loss and its gradient for some weights
+    sample   the timesteps, the first x_pred and the final picture
+    edit     not covered yet
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from hdl.errors import HdlError
+from hdl.flow.loss import patch_errors
+from hdl.flow.noise import add_noise
+from hdl.o1.checkpoint import load_model, open_checkpoint
+from hdl.o1.decoder import O1
+from hdl.o1.layout import Segment, lay_out
+from hdl.o1.patches import PATCH, patchify, to_model, to_pixels, unpatchify
+from hdl.o1.prompt import UNCONDITIONAL_PROMPT, PromptEncoder
+from hdl.sample.generate import Request, denoise
+from hdl.sample.grid import as_tensor
+from hdl.sample.schedulers import Flash, FlowMatchEuler, Scheduler, UniPC
+
+X_PRED_BOUND = 1e-5  # relative, of norms
+LOSS_BOUND = 1e-6  # relative
+GRADIENT_BOUND = 1e-4  # relative, of norms
+PIXEL_BOUND = 1  # of 255, anywhere in the picture
+EXACT = 0.0
+GRADIENT = "grad."
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison; `error` is inf where shapes differ or a number is not finite."""
+
+    case: str
+    what: str
+    error: float
+    bound: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.bound
+
+
+@dataclass(frozen=True)
+class Golden:
+    """A golden folder's model and prompts."""
+
+    folder: Path
+    model: O1
+    encoder: PromptEncoder
+
+    def text(self, prompt: str) -> Tensor:
+        return self.encoder.embed(self.encoder.ids(prompt)).float()
+
+
+def open_golden(folder: Path) -> tuple[Golden, list[dict[str, Any]]]:
+    """The golden folder and its cases."""
+    try:
+        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        cases: list[dict[str, Any]] = index["cases"]
+        special_tokens: dict[str, int] = index["special_tokens"]
+    except (OSError, ValueError, KeyError) as error:
+        raise HdlError(f"{folder}: not a golden folder, its index.json does not read ({error})") from None
+    checkpoint = open_checkpoint(folder / "o1-tiny")
+    encoder = PromptEncoder(checkpoint)
+    found = {token: encoder.tokenizer.convert_tokens_to_ids(token) for token in special_tokens}
+    if found != special_tokens:
+        raise HdlError(f"{folder}: its tokenizer's special tokens {found} are not index.json's {special_tokens}")
+    return Golden(folder, load_model(checkpoint, "cpu", torch.float32), encoder), cases
+
+
+def check_case(golden: Golden, case: dict[str, Any]) -> list[Check]:
+    """All comparisons of a case; an empty list for a kind that is not covered."""
+    check = {"t2i": _check_t2i, "train": _check_train, "sample": _check_sample}.get(case["kind"])
+    if check is None:
+        return []
+    try:
+        return check(golden, case, load_file(golden.folder / case["file"]))
+    except KeyError as error:
+        raise HdlError(f"{golden.folder / case['file']}: the case lacks {error}") from None
+
+
+def _check_tokens(golden: Golden, case: dict[str, Any], stored: dict[str, Tensor]) -> list[Check]:
+    ids = golden.encoder.ids(case["prompt"])
+    layout = lay_out([_segment(case, len(ids))])
+    types = layout.token_types()
+    is_patch = torch.zeros_like(types)
+    is_patch[layout.patch_index] = 1
+    computed = {
+        "input_ids": torch.tensor(ids),
+        "position_ids": layout.positions,
+        "token_types": types,
+        "vinput_mask": is_patch,
+    }
+    return [
+        Check(case["file"], name, _unequal(value, stored[name]), EXACT)
+        for name, value in computed.items()
+        if name in stored
+    ]
+
+
+def _check_t2i(golden: Golden, case: dict[str, Any], stored: dict[str, Tensor]) -> list[Check]:
+    with torch.no_grad():
+        x_pred = _forward(golden, case, stored["z"])
+    tokens = _check_tokens(golden, case, stored)
+    return [*tokens, Check(case["file"], "x_pred", _relative(x_pred, stored["x_pred"]), X_PRED_BOUND)]
+
+
+def _check_train(golden: Golden, case: dict[str, Any], stored: dict[str, Tensor]) -> list[Check]:
+    image = as_tensor(Image.open(golden.folder / case["image"]))
+    x0 = to_model(patchify(image))
+    sigma = torch.full((len(x0),), float(case["sigma"]))
+    z = add_noise(x0, stored["eps"], sigma, case["noise_scale"])
+    weights = {n.removeprefix(GRADIENT): g for n, g in stored.items() if n.startswith(GRADIENT)}
+    parameters = dict(golden.model.named_parameters())
+    trained = [parameters[name].requires_grad_() for name in weights]
+    x_pred = _forward(golden, case, z)
+    loss = patch_errors(x_pred, x0).mean()
+    gradients = torch.autograd.grad(loss, trained)
+    golden.model.requires_grad_(False)
+    checks = [
+        Check(case["file"], "x0", _relative(x0, stored["x0"]), X_PRED_BOUND),
+        Check(case["file"], "z", _relative(z, stored["z"]), X_PRED_BOUND),
+        Check(case["file"], "x_pred", _relative(x_pred.detach(), stored["x_pred"]), X_PRED_BOUND),
+        Check(case["file"], "loss", _relative(loss.detach(), torch.tensor(case["loss"])), LOSS_BOUND),
+    ]
+    for (name, expected), gradient in zip(weights.items(), gradients):
+        short = name.removeprefix("model.language_model.").removesuffix(".weight")
+        checks.append(Check(case["file"], f"grad {short}", _relative(gradient, expected), GRADIENT_BOUND))
+    return checks
+
+
+def _check_sample(golden: Golden, case: dict[str, Any], stored: dict[str, Tensor]) -> list[Check]:
+    request = Request(golden.text(case["prompt"]), case["height"], case["width"], case["seed"])
+    z = _initial_noise(case)
+    calls: list[tuple[float, Tensor]] = []
+
+    def watched(text: Tensor, z: Tensor, t: Tensor, layout: Any) -> Tensor:
+        x_pred = golden.model(text, z, t, layout)
+        calls.append((float(t[0]), x_pred[: layout.segments[0].patches]))
+        return x_pred
+
+    scheduler, guidance = _scheduler(case), float(case["guidance_scale"])
+    final = denoise(
+        watched, [request], golden.text(UNCONDITIONAL_PROMPT), z, scheduler, guidance,
+        lambda i: stored["step_noise"][i],
+    )  # fmt: skip
+    # With guidance the golden model was called twice a step; here both halves go through in one call.
+    per_step = len(stored["timesteps"]) // len(scheduler.timesteps)
+    times = torch.tensor([t for t, _ in calls]).repeat_interleave(per_step)
+    picture = unpatchify(to_pixels(final), case["height"] // PATCH, case["width"] // PATCH)
+    return [
+        *_check_tokens(golden, case, stored),
+        Check(case["file"], "z_init", _relative(z, stored["z_init"]), X_PRED_BOUND),
+        Check(case["file"], "timesteps", _relative(times, stored["timesteps"]), X_PRED_BOUND),
+        Check(case["file"], "x_pred_first", _relative(calls[0][1], stored["x_pred_first"]), X_PRED_BOUND),
+        Check(case["file"], "picture (of 255)", _furthest(picture, stored["image"]), PIXEL_BOUND),
+    ]
+
+
+def _initial_noise(case: dict[str, Any]) -> Tensor:
+    generator = torch.Generator().manual_seed(case["seed"] + 1)
+    image = torch.randn(1, 3, case["height"], case["width"], generator=generator)[0]
+    return case["noise_scale"] * patchify(image.permute(1, 2, 0))
+
+
+def _scheduler(case: dict[str, Any]) -> Scheduler:
+    if case["scheduler"] == "unipc":
+        return UniPC(case["steps"], case["shift"])
+    if case["scheduler"] == "flash":
+        return Flash(case["noise_scale"], case["noise_clip_std"])
+    if case["scheduler"] == "flow_match_euler":
+        return FlowMatchEuler()
+    raise HdlError(f"{case['file']}: unknown scheduler {case['scheduler']!r}")
+
+
+def _forward(golden: Golden, case: dict[str, Any], z: Tensor) -> Tensor:
+    text = golden.text(case["prompt"])
+    layout = lay_out([_segment(case, len(text))])
+    return golden.model(text, z, torch.tensor([1.0 - case["sigma"]]), layout)
+
+
+def _segment(case: dict[str, Any], text: int) -> Segment:
+    return Segment(text, case["height"] // PATCH, case["width"] // PATCH)
+
+
+def _relative(computed: Tensor, expected: Tensor) -> float:
+    if computed.shape != expected.shape and computed.numel() != expected.numel():
+        return float("inf")
+    difference = (computed.flatten().double() - expected.flatten().double()).norm()
+    error = float(difference / expected.double().norm().clamp(min=1e-30))
+    return error if error == error else float("inf")  # NaN passes no bound
+
+
+def _unequal(computed: Tensor, expected: Tensor) -> float:
+    """How many entries differ; the model's own code keeps a batch dimension of one in some cases."""
+    if computed.numel() != expected.numel():
+        return float("inf")
+    expected = expected.view(computed.shape)
+    return float((computed.long() != expected.long()).sum())
+
+
+def _furthest(computed: Tensor, expected: Tensor) -> float:
+    if computed.shape != expected.shape:
+        return float("inf")
+    return float((computed.int() - expected.int()).abs().max())
