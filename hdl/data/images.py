@@ -86,6 +86,7 @@ def read_rgb(data: bytes) -> tuple[Image.Image, str | None]:
     """An image file's bytes -> (upright 8-bit sRGB image, a note for the report or None). Raises Skip."""
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd metadata, which are not needed
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data), formats=FORMATS)  # reads the header only
             check_size(image)

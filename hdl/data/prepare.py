@@ -8,14 +8,10 @@ that run was killed before it finished.
 
 import hashlib
 import json
-import multiprocessing
 import os
 import re
-import signal
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -39,12 +35,11 @@ from hdl.data.shards import (
     sha256_of,
     write_durably,
 )
+from hdl.data.workers import in_order
 from hdl.errors import HdlError
 from hdl.o1.checkpoint import open_checkpoint
 from hdl.o1.patches import PATCH, patchify
 from hdl.o1.prompt import UNCONDITIONAL_PROMPT, PromptEncoder
-
-JOBS_AHEAD = 4  # a worker; bounds the pictures that wait in memory
 
 
 @dataclass(frozen=True)
@@ -125,7 +120,7 @@ def prepare(
     writer = ShardWriter(out, earlier, shard_bytes)
     with writing(writer):
         tasks = plan(folder, styles, options, encoder, fingerprint, earlier, summary)
-        for task, result in pictures(tasks, workers):
+        for task, result in in_order(picture_or_skip, ((task, task.job) for task in tasks), workers):
             if isinstance(result, Skip):
                 summary.skips[task.source] = result
                 continue
@@ -232,36 +227,6 @@ def encode(encoder: PromptEncoder, caption: str) -> list[int]:
     if not set(encoder.image_ids).isdisjoint(ids[: -len(encoder.image_ids)]):
         raise Skip("caption not usable", "the caption holds one of the model's own special tokens; remove it")
     return ids
-
-
-def pictures(tasks: Iterator[Task], workers: int) -> Iterator[tuple[Task, tuple[str, Picture | None] | Skip]]:
-    """Each task with make_picture's answer, in order, a bounded number of them in flight."""
-    if not workers:
-        for task in tasks:
-            yield task, picture_or_skip(task.job)
-        return
-    # spawn: this process has threads (torch, tokenizers), which a fork may leave locked.
-    # They leave Ctrl-C to this process, which stops them.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(
-        workers, context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
-    )
-    waiting: deque[tuple[Task, Future[tuple[str, Picture | None] | Skip]]] = deque()
-    try:
-        for task in tasks:
-            waiting.append((task, pool.submit(picture_or_skip, task.job)))
-            if len(waiting) > workers * JOBS_AHEAD:
-                first, answer = waiting.popleft()
-                yield first, answer.result()
-        for first, answer in waiting:
-            yield first, answer.result()
-    except BrokenProcessPool:
-        raise HdlError(
-            "a decoding process was killed, most likely for want of memory; run again with a smaller "
-            "--workers (finished shards are kept and reused)"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def make_sample(

@@ -35,7 +35,7 @@ from hdl.data.shards import (
 from hdl.errors import HdlError
 from hdl.o1.patches import PATCH
 
-SHARD_BYTES = 512 * 2**20
+SHARD_BYTES = 256 * 2**20  # some 80 samples of 1024² px; at most so much is lost when a run is killed
 UNFINISHED_FILE = "unfinished.jsonl"
 GENERATED = re.compile(
     r"shard-\d{6}-[0-9a-f]{8}\.tar|samples-[0-9a-f]{8}\.jsonl|empty-[0-9a-f]{8}\.safetensors"
