@@ -10,7 +10,9 @@ from hdl.errors import command_line
 
 def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says that it has no fast 4-bit kernel for the CPU
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # says that it has no fast 4-bit kernel for the CPU
     run = load_run(sys.argv[1:])
     from hdl.engine.processes import process_group  # torch and DeepSpeed take seconds to import
 

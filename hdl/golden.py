@@ -77,7 +77,9 @@ def open_golden(folder: Path) -> tuple[Golden, list[dict[str, Any]]]:
     encoder = PromptEncoder(checkpoint)
     found = {token: encoder.tokenizer.convert_tokens_to_ids(token) for token in special_tokens}
     if found != special_tokens:
-        raise HdlError(f"{folder}: its tokenizer's special tokens {found} are not index.json's {special_tokens}")
+        raise HdlError(
+            f"{folder}: its tokenizer's special tokens {found} are not index.json's {special_tokens}"
+        )
     return Golden(folder, load_model(checkpoint, "cpu", torch.float32), encoder), cases
 
 

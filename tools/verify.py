@@ -11,8 +11,12 @@ from hdl.golden import Check, check_case, open_golden
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--golden", type=Path, required=True, help="folder with index.json, o1-tiny and the cases")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--golden", type=Path, required=True, help="folder with index.json, o1-tiny and the cases"
+    )
     golden, cases = open_golden(parser.parse_args().golden)
 
     checks: list[Check] = []

@@ -73,7 +73,9 @@ def read_adapter(model: PeftModel, folder: Path) -> dict[str, Tensor]:
         raise HdlError(f"{folder / WEIGHTS_FILE}: not readable ({error})") from None
     parameters = adapter_parameters(model)
     name_of = {id(p): name for name, p in parameters.items()}
-    in_file = get_peft_model_state_dict(model, state_dict=parameters, save_embedding_layers=False)  # PEFT's names in the file
+    in_file = get_peft_model_state_dict(
+        model, state_dict=parameters, save_embedding_layers=False
+    )  # PEFT's names in the file
     expected = {stored: _shape(in_file, stored) for stored in in_file}
     wrong = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != _shape(found, n))
     if wrong:

@@ -189,7 +189,9 @@ class Loop:
         saved = self._save()
         places = [place for batch in batches for place in batch.places]
         keys = [key for batch in batches for key in batch.keys]
-        everyone = self.processes.gather([f"{k} at sigma {float(sigmas[p]):.4f}" for k, p in zip(keys, places)])
+        everyone = self.processes.gather(
+            [f"{k} at sigma {float(sigmas[p]):.4f}" for k, p in zip(keys, places)]
+        )
         samples = ", ".join(text for texts in everyone for text in texts)
         raise HdlError(
             f"the loss of step {self.done + 1} is not finite; the state before it is kept in {saved}. Its samples: "

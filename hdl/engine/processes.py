@@ -68,7 +68,9 @@ def process_group() -> Iterator[Processes]:
     else:
         _use_deepspeed_on_cpu()
         device = torch.device("cpu")
-    dist.init_process_group("nccl" if use_gpu else "gloo", timeout=TIMEOUT, device_id=device if use_gpu else None)
+    dist.init_process_group(
+        "nccl" if use_gpu else "gloo", timeout=TIMEOUT, device_id=device if use_gpu else None
+    )
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), device)
     finally:

@@ -1,10 +1,10 @@
 """The folder of a run, and the promise that nothing in it is ever overwritten by another run.
 
-    config.toml          the resolved config; `train.py config.toml` runs the same again
-    adapter/             the PEFT adapter after the last step
-    checkpoints/         step-NNNNNN: what --resume continues from
-    pictures/            step-NNNNNN.png: validation prompts without and with the adapter
-    tensorboard/         curves and the same pictures
+config.toml          the resolved config; `train.py config.toml` runs the same again
+adapter/             the PEFT adapter after the last step
+checkpoints/         step-NNNNNN: what --resume continues from
+pictures/            step-NNNNNN.png: validation prompts without and with the adapter
+tensorboard/         curves and the same pictures
 """
 
 from pathlib import Path

@@ -61,7 +61,9 @@ def shares(train: Train, world: int) -> tuple[int, int]:
     return micro, share // micro
 
 
-def build_optimizer(train: Train, parameters: list[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
+def build_optimizer(
+    train: Train, parameters: list[nn.Parameter], device: torch.device
+) -> torch.optim.Optimizer:
     settings = {"lr": train.lr, "betas": train.betas, "weight_decay": train.weight_decay}
     if train.optimizer == "adamw":
         return torch.optim.AdamW(parameters, fused=True, **settings)  # type: ignore[arg-type]

@@ -6,7 +6,6 @@ equally many: some prompts are drawn twice where the division leaves a remainder
 
 from pathlib import Path
 
-import torch
 from peft import PeftModel
 from PIL import Image
 from torch import Tensor

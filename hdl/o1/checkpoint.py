@@ -21,6 +21,7 @@ from torch import Tensor
 from hdl.errors import HdlError
 from hdl.o1.config import O1Config, read_config
 from hdl.o1.decoder import O1
+from hdl.seeds import generator_for
 
 TOKEN_TABLE = "model.language_model.embed_tokens.weight"
 INDEX_FILE = "model.safetensors.index.json"
@@ -128,12 +129,15 @@ class RandomCheckpoint(Checkpoint):
             if name.endswith("norm.weight"):
                 yield name, torch.ones(shape, device=device, dtype=dtype)
             else:
-                generator = torch.Generator(device).manual_seed(_seed_of(name))
-                yield name, torch.empty(shape, device=device, dtype=dtype).normal_(0, 0.02, generator=generator)
+                generator = generator_for(name, device=device)
+                yield (
+                    name,
+                    torch.empty(shape, device=device, dtype=dtype).normal_(0, 0.02, generator=generator),
+                )
 
     def token_rows(self, ids: list[int]) -> Tensor:
         dim = self.config.hidden_size
-        rows = {i: torch.randn(dim, generator=torch.Generator().manual_seed(i)) * 0.02 for i in set(ids)}
+        rows = {i: torch.randn(dim, generator=generator_for(TOKEN_TABLE, i)) * 0.02 for i in set(ids)}
         return torch.stack([rows[i] for i in ids]).to(torch.bfloat16)
 
     def fingerprint(self) -> str:
@@ -186,7 +190,9 @@ def _folder_entries(folder: Path) -> dict[str, Entry]:
     if not index.exists():
         files = sorted(folder.glob("*.safetensors"))
         if len(files) != 1:
-            raise HdlError(f"{folder}: expected {INDEX_FILE} or exactly one .safetensors file, found {len(files)}")
+            raise HdlError(
+                f"{folder}: expected {INDEX_FILE} or exactly one .safetensors file, found {len(files)}"
+            )
         return _file_entries(files[0])
     try:
         listed: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -210,7 +216,8 @@ def _folder_entries(folder: Path) -> dict[str, Entry]:
 def _file_entries(file: Path) -> dict[str, Entry]:
     with _opened(file) as tensors:
         return {
-            _published_name(key): Entry(file, key, tuple(tensors.get_slice(key).get_shape())) for key in tensors.keys()
+            _published_name(key): Entry(file, key, tuple(tensors.get_slice(key).get_shape()))
+            for key in tensors.keys()
         }
 
 
@@ -240,7 +247,3 @@ def _size(file: Path) -> str:
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
     return ", ".join(names[:MAX_NAMED]) + more
-
-
-def _seed_of(name: str) -> int:
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")

@@ -66,7 +66,9 @@ def parse_config(raw: Any) -> O1Config:
         raise HdlError(f"text_config lacks {', '.join(missing)}; expected a Qwen3VLConfig of an O1")
     for field, expected in (("attention_bias", False), ("hidden_act", "silu")):
         if text.get(field, expected) != expected:
-            raise HdlError(f"text_config.{field} is {text[field]!r}, expected {expected!r}: not an O1 decoder")
+            raise HdlError(
+                f"text_config.{field} is {text[field]!r}, expected {expected!r}: not an O1 decoder"
+            )
 
     config = O1Config(**{name: values[name] for name in O1Config.__dataclass_fields__ if name != "mrope_section"},
                       mrope_section=tuple(values["mrope_section"]))  # fmt: skip

@@ -75,7 +75,9 @@ class Attention(nn.Module):
     def __init__(self, config: O1Config) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        q_dim, kv_dim = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+        q_dim, kv_dim = (
+            n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads)
+        )
         self.q_proj = nn.Linear(config.hidden_size, q_dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_dim, bias=False)

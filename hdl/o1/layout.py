@@ -91,7 +91,9 @@ def lay_out(segments: list[Segment]) -> Layout:
         if segment.text < 2 or segment.rows < 1 or segment.cols < 1:
             raise ValueError(f"{segment}: expected at least the two text tokens boi and tms, and one patch")
         if segment.text > IMAGE_POSITION:
-            raise ValueError(f"{segment}: more than {IMAGE_POSITION} text tokens, where the image's positions start")
+            raise ValueError(
+                f"{segment}: more than {IMAGE_POSITION} text tokens, where the image's positions start"
+            )
         positions.append(torch.arange(segment.text).expand(3, -1))
         grid = torch.stack(
             [
@@ -110,7 +112,9 @@ def lay_out(segments: list[Segment]) -> Layout:
     texts, times, patches = torch.cat(text_index), torch.tensor(time_index), torch.cat(patch_index)
     order = torch.empty(start, dtype=torch.int64)
     order[texts] = torch.arange(len(texts))
-    order[times] = len(texts) + torch.arange(len(times))  # the time embedding replaces the row at <|tms_token|>
+    order[times] = len(texts) + torch.arange(
+        len(times)
+    )  # the time embedding replaces the row at <|tms_token|>
     order[patches] = len(texts) + len(times) + torch.arange(len(patches))
     return Layout(
         segments=tuple(segments),

@@ -5,8 +5,8 @@ the image: `C (H 32) (W 32) -> (H W) (C 32 32)`. Stored, a number is the image's
 sees `x / 127.5 - 1`.
 """
 
-from torch import Tensor
 import torch
+from torch import Tensor
 
 PATCH = 32
 PATCH_DIM = 3 * PATCH * PATCH
@@ -16,7 +16,9 @@ def patchify(image: Tensor) -> Tensor:
     """[H, W, 3] of any dtype, H and W multiples of 32 -> [(H/32)*(W/32), 3072] of the same dtype."""
     height, width, channels = image.shape
     if channels != 3 or height % PATCH or width % PATCH or not height or not width:
-        raise ValueError(f"an image must be [H, W, 3] with sides in multiples of {PATCH}, got {tuple(image.shape)}")
+        raise ValueError(
+            f"an image must be [H, W, 3] with sides in multiples of {PATCH}, got {tuple(image.shape)}"
+        )
     squares = image.reshape(height // PATCH, PATCH, width // PATCH, PATCH, 3)
     return squares.permute(0, 2, 4, 1, 3).reshape(-1, PATCH_DIM)
 

@@ -50,7 +50,9 @@ class PromptEncoder:
     def _special(self, token: str) -> int:
         token_id = self.tokenizer.convert_tokens_to_ids(token)
         if token_id is None or token_id == self.tokenizer.unk_token_id:
-            raise HdlError(f"the tokenizer in {self.checkpoint.folder} has no {token}: it is not O1's tokenizer")
+            raise HdlError(
+                f"the tokenizer in {self.checkpoint.folder} has no {token}: it is not O1's tokenizer"
+            )
         return token_id
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from hdl.flow.loss import velocity
 from hdl.flow.noise import VARIANTS
-from hdl.o1.decoder import O1
 from hdl.o1.layout import Segment, lay_out
 from hdl.o1.patches import PATCH, patchify, to_pixels, unpatchify
 from hdl.sample.schedulers import Flash, Scheduler, UniPC
@@ -52,9 +51,7 @@ def generate(
     """
     variant = VARIANTS[settings.variant]
     generators = [torch.Generator().manual_seed(request.seed + 1) for request in requests]
-    images = [
-        torch.randn(1, 3, r.height, r.width, generator=g) for r, g in zip(requests, generators)
-    ]
+    images = [torch.randn(1, 3, r.height, r.width, generator=g) for r, g in zip(requests, generators)]
     z = torch.cat([patchify(image[0].permute(1, 2, 0)) for image in images]) * variant.noise_scale
     if settings.variant == "full":
         scheduler: Scheduler = UniPC(settings.steps, settings.shift)
