@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hdl.errors import HdlError
 from hdl.flow.loss import patch_errors
-from hdl.flow.noise import add_noise
+from hdl.flow.noise import add_noise, clip_noise
 from hdl.o1.checkpoint import load_model, open_checkpoint
 from hdl.o1.decoder import O1
 from hdl.o1.layout import Segment, lay_out
@@ -157,7 +157,7 @@ def _check_sample(golden: Golden, case: dict[str, Any], stored: dict[str, Tensor
     scheduler, guidance = _scheduler(case), float(case["guidance_scale"])
     final = denoise(
         watched, [request], golden.text(UNCONDITIONAL_PROMPT), z, scheduler, guidance,
-        lambda i: stored["step_noise"][i],
+        lambda i: clip_noise(stored["step_noise"][i], case.get("noise_clip_std")),
     )  # fmt: skip
     # With guidance the golden model was called twice a step; here both halves go through in one call.
     per_step = len(stored["timesteps"]) // len(scheduler.timesteps)
@@ -182,7 +182,7 @@ def _scheduler(case: dict[str, Any]) -> Scheduler:
     if case["scheduler"] == "unipc":
         return UniPC(case["steps"], case["shift"])
     if case["scheduler"] == "flash":
-        return Flash(case["noise_scale"], case["noise_clip_std"])
+        return Flash(case["noise_scale"])
     if case["scheduler"] == "flow_match_euler":
         return FlowMatchEuler()
     raise HdlError(f"{case['file']}: unknown scheduler {case['scheduler']!r}")

@@ -102,6 +102,7 @@ def open_adapter(model: O1, folder: Path) -> PeftModel:
     except (OSError, ValueError, TypeError, json.JSONDecodeError) as error:
         raise HdlError(f"{folder}: no readable {CONFIG_FILE} of a LoRA there ({error})") from None
     config.inference_mode = False  # PEFT would freeze it before it is filled
+    config.base_model_name_or_path = None  # where it was trained; nothing is read from there
     adapted = get_peft_model(model, config)  # type: ignore[arg-type]
     load_adapter(adapted.train(), folder)
     return adapted.requires_grad_(False).eval()

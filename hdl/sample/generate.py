@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from hdl.flow.loss import velocity
-from hdl.flow.noise import VARIANTS
+from hdl.flow.noise import VARIANTS, clip_noise
 from hdl.o1.layout import Segment, lay_out
-from hdl.o1.patches import PATCH, patchify, to_pixels, unpatchify
+from hdl.o1.patches import PATCH, PATCH_DIM, patchify, to_pixels, unpatchify
 from hdl.sample.schedulers import Flash, Scheduler, UniPC
 
 
@@ -57,11 +57,11 @@ def generate(
         scheduler: Scheduler = UniPC(settings.steps, settings.shift)
         guidance = settings.guidance_scale
     else:
-        scheduler, guidance = Flash(variant.noise_scale, variant.clip), 0.0
+        scheduler, guidance = Flash(variant.noise_scale), 0.0
 
     def step_noise(i: int) -> Tensor:
-        counts = [_patches(r) for r in requests]
-        return torch.cat([torch.randn(n, z.shape[1], generator=g) for n, g in zip(counts, generators)])
+        drawn = [torch.randn(_patches(r), PATCH_DIM, generator=g) for r, g in zip(requests, generators)]
+        return torch.cat([clip_noise(noise, variant.clip) for noise in drawn])
 
     final = denoise(model, requests, empty_text, z.to(device), scheduler, guidance, step_noise)
     return _cut(to_pixels(final).cpu(), requests)
@@ -79,8 +79,8 @@ def denoise(
 ) -> Tensor:
     """From noise z [P, 3072] float32 of all requests to the clean patches [P, 3072].
 
-    guidance_scale 0 or 1 draws unguided. step_noise(i): standard normal like z for step i, used by
-    stochastic schedulers only.
+    guidance_scale 0 or 1 draws unguided. step_noise(i): standard normal like z for step i, clipped
+    where the variant clips; used by stochastic schedulers only.
     """
     guided = guidance_scale not in (0.0, 1.0)
     texts = [r.text for r in requests]

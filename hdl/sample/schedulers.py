@@ -10,7 +10,6 @@ import torch
 from diffusers import UniPCMultistepScheduler
 from torch import Tensor
 
-from hdl.flow.noise import clip_noise
 from hdl.flow.sigma import shift_sigma
 
 # dev's 28 fixed steps
@@ -25,7 +24,7 @@ class Scheduler(Protocol):
     stochastic: bool  # whether `step` uses its noise
 
     def step(self, i: int, v: Tensor, z: Tensor, noise: Tensor | None) -> Tensor:
-        """z at step i, the velocity there, and standard normal noise like z -> z at step i + 1."""
+        """z at step i, the velocity there, and (clipped) standard normal noise like z -> z at step i + 1."""
 
 
 class UniPC:
@@ -54,19 +53,19 @@ class UniPC:
 
 
 class Flash:
-    """dev: predict x0, then jump to the next noise level with fresh, clipped noise."""
+    """dev: predict x0, then jump to the next noise level with fresh noise, clipped by the caller per picture."""
 
     stochastic = True
 
-    def __init__(self, noise_scale: float, clip: float | None) -> None:
+    def __init__(self, noise_scale: float) -> None:
         self.timesteps = list(DEV_TIMESTEPS)
-        self.noise_scale, self.clip = noise_scale, clip
+        self.noise_scale = noise_scale
 
     def step(self, i: int, v: Tensor, z: Tensor, noise: Tensor | None) -> Tensor:
         assert noise is not None
         sigma, sigma_next = _sigma_at(self.timesteps, i), _sigma_at(self.timesteps, i + 1)
         x0 = z + sigma * v
-        return sigma_next * self.noise_scale * clip_noise(noise, self.clip) + (1.0 - sigma_next) * x0
+        return sigma_next * self.noise_scale * noise + (1.0 - sigma_next) * x0
 
 
 class FlowMatchEuler:

@@ -1,0 +1,120 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from hdl.config import Flow
+from hdl.data.batches import pack
+from hdl.data.shards import Sample
+from hdl.flow.loss import loss_weights, patch_errors, velocity
+from hdl.flow.noise import VARIANTS, add_noise, clip_noise, draw_noise
+from hdl.flow.sigma import draw_sigmas, shift_sigma
+from hdl.flow.step import flow_matching_loss
+from hdl.o1.patches import to_model
+
+PLAIN = {"distribution": "uniform", "mean": 0.0, "std": 1.0, "shift": 1.0}
+
+
+def sigmas(count: int, step: int = 0, **settings: object) -> Tensor:
+    return draw_sigmas(count, 7, step, **(PLAIN | settings))  # type: ignore[arg-type]
+
+
+def test_uniform_sigmas_are_stratified_over_the_global_batch() -> None:
+    for step in range(20):
+        drawn = sigmas(16, step)
+        assert (drawn * 16).long().sort().values.tolist() == list(range(16))
+    assert not torch.equal(sigmas(16, 0), sigmas(16, 1))
+    assert torch.equal(sigmas(16, 3), sigmas(16, 3))
+
+
+def test_logit_normal_has_the_moments_asked_for() -> None:
+    logits = torch.logit(sigmas(20000, distribution="logit_normal", mean=0.5, std=1.5).double())
+    assert abs(float(logits.mean()) - 0.5) < 0.01
+    assert abs(float(logits.std()) - 1.5) < 0.01
+
+
+def test_shift_is_the_models_own_formula() -> None:
+    plain, shifted = sigmas(64), sigmas(64, shift=3.0)
+    assert torch.allclose(shifted, 3 * plain / (1 + 2 * plain))
+    assert float(shift_sigma(torch.tensor(0.5), 3.0)) == pytest.approx(0.75)
+
+
+def test_sigma_is_never_zero_or_one() -> None:
+    drawn = sigmas(100_000, distribution="logit_normal", std=20.0)
+    assert drawn.min() > 0 and drawn.max() < 1
+
+
+def test_noise_belongs_to_a_place_not_to_a_pack() -> None:
+    together = draw_noise([4, 2, 3], [0, 1, 2], seed=5, step=9, device="cpu")
+    apart = torch.cat(
+        [draw_noise([n], [p], seed=5, step=9, device="cpu") for n, p in [(4, 0), (2, 1), (3, 2)]]
+    )
+    assert torch.equal(together, apart)
+    assert not torch.equal(together, draw_noise([4, 2, 3], [0, 1, 2], seed=5, step=10, device="cpu"))
+    assert not torch.equal(together[:2], together[4:6])
+
+
+def test_dev_clips_noise_at_its_own_deviation() -> None:
+    eps = torch.randn(50, 3072) * 3
+    clipped = clip_noise(eps, 2.5)
+    assert float(clipped.abs().max()) == pytest.approx(2.5 * float(eps.std()), rel=1e-5)
+    inside = eps.abs() < 2.5 * eps.std()
+    assert torch.equal(clipped[inside], eps[inside])
+    assert torch.equal(clip_noise(eps, None), eps)
+    assert VARIANTS["full"].noise_scale == 8.0 and VARIANTS["dev"].noise_scale == 7.5
+
+
+def test_velocity_weighting_is_the_velocity_loss() -> None:
+    x0, eps, x_pred = (torch.randn(6, 3072, dtype=torch.float64) for _ in range(3))
+    sigma = torch.tensor([0.05, 0.2, 0.4, 0.6, 0.8, 0.99], dtype=torch.float64)
+    z = add_noise(x0, eps, sigma, 8.0)
+    true_velocity = x0 - 8.0 * eps
+    predicted = torch.stack([velocity(x_pred[i], z[i], float(sigma[i])) for i in range(6)])
+    velocity_loss = (predicted - true_velocity).square().mean(-1)
+    weighted = patch_errors(x_pred, x0) * loss_weights(sigma.float(), "velocity")
+    assert torch.allclose(weighted.double(), velocity_loss, rtol=1e-4)
+
+
+def batch_of(grids: list[tuple[int, int]], places: list[int], global_patches: int):  # type: ignore[no-untyped-def]
+    samples = []
+    for place, (rows, cols) in zip(places, grids):
+        pixels = torch.Generator().manual_seed(place)
+        samples.append(
+            Sample(
+                key=f"s{place}",
+                patches=torch.randint(0, 256, (rows * cols, 3072), generator=pixels, dtype=torch.uint8),
+                rows=rows,
+                cols=cols,
+                input_ids=torch.zeros(4, dtype=torch.int64),
+                text_embeds=torch.zeros(4, 8, dtype=torch.bfloat16),
+                caption="",
+            )
+        )
+    return pack(samples, places, global_patches)
+
+
+def test_parts_of_a_step_add_up_to_the_mean_over_its_patches() -> None:
+    """However a global batch is cut into micro-batches and ranks, the loss is the same."""
+    grids, levels = [(2, 2), (1, 3), (4, 1), (1, 1)], torch.tensor([0.1, 0.4, 0.6, 0.9])
+    patches = sum(r * c for r, c in grids)
+
+    def half(text: Tensor, z: Tensor, t: Tensor, layout: object) -> Tensor:
+        return 0.5 * z
+
+    def loss_of(places: list[int]) -> tuple[Tensor, Tensor]:
+        batch = batch_of([grids[p] for p in places], places, patches)
+        return flow_matching_loss(half, batch, levels, 3, variant=VARIANTS["full"], flow=Flow(), seed=1)
+
+    whole, errors = loss_of([0, 1, 2, 3])
+    parts = [loss_of([0, 1]), loss_of([2]), loss_of([3])]
+    assert float(sum(loss for loss, _ in parts)) == pytest.approx(float(whole), rel=1e-6)
+    assert torch.allclose(torch.cat([e for _, e in parts]), errors, rtol=1e-6)
+
+    batch = batch_of(grids, [0, 1, 2, 3], patches)
+    eps = draw_noise(batch.patch_counts, batch.places, 1, 3, "cpu")
+    sigma = levels.repeat_interleave(torch.tensor(batch.patch_counts))
+    x0 = to_model(batch.patches)
+    by_hand = (0.5 * ((1 - sigma)[:, None] * x0 + 8 * sigma[:, None] * eps) - x0).square().mean()
+    assert float(whole) == pytest.approx(float(by_hand), rel=1e-6)
+    assert math.isfinite(float(whole))

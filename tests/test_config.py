@@ -1,0 +1,62 @@
+from pathlib import Path
+
+import pytest
+
+from hdl.config import DECODER_LINEARS, load_run, save_run
+from hdl.errors import HdlError
+
+MINIMAL = '[model]\nbase = "b"\n[data]\nshards = "s"\n[save]\noutput = "o"\n'
+
+
+@pytest.fixture
+def toml(tmp_path: Path) -> Path:
+    path = tmp_path / "run.toml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def test_defaults_file_and_command_line_in_that_order(toml: Path) -> None:
+    toml.write_text(MINIMAL + "[lora]\nrank = 8\nalpha = 4\n")
+    run = load_run([str(toml), "--lora.rank", "16", "--resume", "--validation.prompts", '["a, b", "c"]'])
+    assert (run.lora.rank, run.lora.alpha, run.lora.targets) == (16, 4.0, DECODER_LINEARS)
+    assert run.resume and run.validation.prompts == ["a, b", "c"]
+    assert run.model.base == Path("b") and run.train.betas == (0.9, 0.99)
+
+
+def test_the_command_line_alone_can_describe_a_run() -> None:
+    run = load_run(["--model.base", "b", "--data.shards", "s", "--save.output", "o", "--train.lr", "3e-4"])
+    assert run.train.lr == 3e-4
+
+
+def test_the_resolved_config_says_the_same_again(toml: Path, tmp_path: Path) -> None:
+    run = load_run([str(toml), "--train.steps", "7", "--model.gradient_checkpointing"])
+    save_run(run, tmp_path / "saved.toml")
+    assert load_run([str(tmp_path / "saved.toml")]) == run
+
+
+@pytest.mark.parametrize(
+    ("extra", "flags", "message"),
+    [
+        ("[lora]\nrnak = 3\n", [], r"unknown option lora.rnak \(did you mean lora.rank\?\)"),
+        ("[lroa]\nrank = 3\n", [], r"unknown option lroa \(did you mean lora\?\)"),
+        ("", ["--lora.rnak", "3"], r"unrecognized arguments: --lora.rnak 3 \(did you mean lora.rank\?\)"),
+        ("", ["--lora.rank", "x"], r"lora.rank: Input should be a valid integer.*found 'x'"),
+        ("[train]\nlr = 'fast'\n", [], r"train.lr: Input should be a valid number.*found 'fast'"),
+        ("", ["--train.steps", "0"], r"train.steps: Input should be greater than or equal to 1"),
+        ("", ["--train.schedule", "cosine", "--train.steps", "10"], "warmup_steps 50 must be below steps 10"),
+        ("", ["--train.batch_size", "6", "--train.micro_batch_size", "4"], "4 does not divide batch_size 6"),
+        ("[validation]\nheight = 100\n", [], "validation.height: Input should be a multiple of 32"),
+        ("[model]\nbase = 'twice'\n", [], "not readable as TOML"),
+    ],
+)
+def test_mistakes_are_named(toml: Path, extra: str, flags: list[str], message: str) -> None:
+    toml.write_text(MINIMAL + extra)
+    with pytest.raises(HdlError, match=message):
+        load_run([str(toml), *flags])
+
+
+def test_what_is_required_and_a_file_that_is_not_there() -> None:
+    with pytest.raises(HdlError, match="save is required"):
+        load_run(["--model.base", "b", "--data.shards", "s"])
+    with pytest.raises(HdlError, match="nothing.toml: no such config"):
+        load_run(["nothing.toml"])
