@@ -191,7 +191,7 @@ def plan(
     summary: Summary,
 ) -> Iterator[Task]:
     """The images with good captions, one by one; the others go to the summary's skips."""
-    known = earlier.by_source()
+    known = earlier.by_recipe()
     for source in tqdm(folder.images, desc="preparing", unit="image", disable=None):
         path = folder.root / source
         look = styles.get(source, Look())
@@ -212,8 +212,7 @@ def plan(
             look.tags,
         ]
         recipe = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
-        before = known.get(source)
-        before = before if before and before.recipe == recipe else None
+        before = known.get((source, recipe))
         job = Job(str(path), options.area, options.allow_upscaling, before.image_sha256 if before else None)
         yield Task(source, caption, look, ids, recipe, before, job)
 
@@ -325,5 +324,6 @@ def describe(summary: Summary) -> str:
         lines.append(f"  {cols * PATCH:5} x {rows * PATCH:<6} {rows * cols:9} {count:9}")
     for kind, count in summary.skips_by_kind().items():
         lines.append(f"skipped {count} × {kind}")
-    lines.append(f"shards: {summary.out}   report: {summary.out / 'report.txt'}")
+    if summary.shards:
+        lines.append(f"shards: {summary.out}   report: {summary.out / 'report.txt'}")
     return "\n".join(lines)

@@ -53,8 +53,9 @@ class Earlier:
     samples: dict[str, list[SampleInfo]]  # file name -> its samples in order
     finished_sources: set[str]  # images that the last finished run has samples of
 
-    def by_source(self) -> dict[str, SampleInfo]:
-        return {info.source: info for infos in self.samples.values() for info in infos}
+    def by_recipe(self) -> dict[tuple[str, str], SampleInfo]:
+        """(source, recipe) -> sample; an unfinished run may have made one of a source with another recipe."""
+        return {(info.source, info.recipe): info for infos in self.samples.values() for info in infos}
 
 
 def read_earlier(folder: Path, index: dict[str, Any] | None) -> Earlier:

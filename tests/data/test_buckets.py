@@ -5,7 +5,7 @@ import random
 
 import numpy as np
 import pytest
-from conftest import noise
+from image_folders import noise
 from PIL import Image
 
 from hdl.data import buckets

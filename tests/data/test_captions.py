@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from conftest import put
+from image_folders import put
 
 from hdl.data.captions import (
     CaptionOptions,

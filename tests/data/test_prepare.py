@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import skimage
-from conftest import BASE, noise, put
+from image_folders import BASE, noise, put
 from PIL import Image
 
 import hdl.data.prepare
@@ -79,6 +79,14 @@ def test_hidden_files_and_links_leading_out_are_left_alone(images: Path, run: Ru
         "link.png": "link leading out",
         "linked": "link leading out",
     }
+
+
+def test_file_names_that_are_not_utf_8(images: Path, run: Run) -> None:
+    put(images, os.fsdecode(b"b\xe4r.png"), "a bear")
+    put(images, os.fsdecode(b"l\xf6we.png"), caption=None)
+    summary = run()
+    assert [info.caption for info in Shards(summary.out).infos] == ["a bear"]
+    assert b"skipped l\xf6we.png: there is no caption" in (summary.out / "report.txt").read_bytes()
 
 
 def test_output_inside_the_images_folder_is_not_taken_for_input(images: Path, run: Run) -> None:
@@ -278,6 +286,39 @@ def test_rerun_repairs_cut_off_and_lost_files(twelve: Path, run: Run) -> None:
     next(again.out.glob("samples-*")).unlink()
     assert run(shard_bytes=SMALL_SHARDS).new == 12
     assert files(again.out) == before
+
+
+def test_rerun_names_a_shard_that_rotted_and_what_to_do(twelve: Path, run: Run) -> None:
+    summary = run()
+    shards = Shards(summary.out)
+    info = shards.infos[3]
+    with open(summary.out / info.shard, "r+b") as file:
+        file.seek(info.offset + 1000)
+        file.write(b"\0rot\0")
+    put(twelve, "new.png")
+    with pytest.raises(
+        HdlError, match=f"{info.shard}: sample {info.key} .of 03.png. is damaged: .* delete it"
+    ):
+        run()
+    assert Shards(summary.out).read(2).caption == "thing 2"
+    (summary.out / info.shard).unlink()
+    assert counts(run()) == (0, 13, 0)
+
+
+def test_going_back_after_a_killed_run_with_other_options(
+    twelve: Path, run: Run, decoded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(shard_bytes=SMALL_SHARDS)
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hdl.data.shard_writer.ShardWriter, "finish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(options=Options(area=32), shard_bytes=6000)  # a shard a sample: all but the last are kept
+    decoded.clear()
+    assert counts(run(shard_bytes=SMALL_SHARDS)) == (12, 0, 0) and decoded == []
 
 
 def test_full_disk_keeps_what_is_finished(

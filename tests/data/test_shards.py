@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 import webdataset
-from conftest import BASE, noise, put
+from image_folders import BASE, noise, put
 
 from hdl.data.buckets import fit
 from hdl.data.prepare import Summary
