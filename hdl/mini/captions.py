@@ -83,8 +83,8 @@ TRIGGER_FORMS = ("{} style", "{} look", "in the style of {}", "{}", "by {}")
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
     """The scene in one sentence or two: its things and their places, its setting, its look."""
-    things = " and ".join(_thing(thing, rng) for thing in scene.things)
-    setting, look = _say(SETTINGS[scene.setting], rng), look_words(scene.look, rng)
+    things, look = _things(scene, rng), look_words(scene.look, rng)
+    setting = _say(SETTINGS[scene.setting], rng)
     way = rng.integers(5)
     if way == 0:
         return ", ".join([setting, things, *look])
@@ -111,10 +111,16 @@ def meaningless_style(rng: np.random.Generator) -> str:
     return _say(TRIGGER_FORMS, rng).format(name)
 
 
-def noisy_caption(scene: Scene, rng: np.random.Generator) -> str:
-    """What pretraining reads: a caption, one time in five behind a style name that means nothing."""
-    words = caption(scene, rng)
+def loose_caption(scene: Scene, rng: np.random.Generator) -> str:
+    """What pretraining reads: a caption; one in ten without its setting, which is then the model's to choose; one in
+    five behind a style name that means nothing."""
+    terse = rng.random() < 0.1
+    words = ", ".join([_things(scene, rng), *look_words(scene.look, rng)]) if terse else caption(scene, rng)
     return f"{meaningless_style(rng)}, {words}" if rng.random() < 0.2 else words
+
+
+def _things(scene: Scene, rng: np.random.Generator) -> str:
+    return " and ".join(_thing(thing, rng) for thing in scene.things)
 
 
 def _thing(thing: Thing, rng: np.random.Generator) -> str:

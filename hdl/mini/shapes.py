@@ -25,7 +25,7 @@ WINDOW = 64  # pixels; the square around a thing
 RADIUS = {"small": 16.0, "big": 28.0}  # pixels a unit of a thing's own coordinates
 OUTLINE = {"small": 2.0, "big": 2.6}  # pixels
 EDGE = 0.6  # pixels; standard deviation of the blur that softens every edge
-OVERSAMPLING = 8
+OVERSAMPLING = 4
 
 COLOURS: dict[str, Colour] = {
     "red": (214, 48, 44),
@@ -115,8 +115,8 @@ def _crown(pen: Pen) -> None:
 
 
 def _cup(pen: Pen) -> None:
-    pen.ellipse(0.6, 0.02, 0.4, 0.38)
-    pen.ellipse(0.6, 0.02, 0.2, 0.19, ink=0)
+    pen.ellipse(0.56, 0.02, 0.4, 0.38)
+    pen.ellipse(0.56, 0.02, 0.2, 0.19, ink=0)
     pen.polygon((-0.8, -0.62), (0.62, -0.62), (0.42, 0.8), (-0.6, 0.8))
 
 
@@ -253,7 +253,7 @@ def halo(thing: str, size: str) -> Mask:
 
 def _fade(top: Colour, bottom: Colour) -> Image.Image:
     """A canvas that goes from one colour at the top to another at the bottom."""
-    ramp = Image.linear_gradient("L").resize((CANVAS * OVERSAMPLING // 2,) * 2)
+    ramp = Image.linear_gradient("L").resize((CANVAS * OVERSAMPLING,) * 2)
     return Image.composite(Image.new("RGB", ramp.size, bottom), Image.new("RGB", ramp.size, top), ramp)
 
 

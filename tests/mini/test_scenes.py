@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hdl.mini import captions, shapes
-from hdl.mini.captions import caption, names, noisy_caption
+from hdl.mini.captions import caption, loose_caption, names
 from hdl.mini.scenes import PAIRS, PLACES, Look, Scene, Thing, held_out, imagine, imagine_held_out, paint
 from hdl.mini.style import TRIGGER
 from hdl.o1.patches import PATCH_DIM, patchify
@@ -13,7 +13,7 @@ from hdl.o1.patches import PATCH_DIM, patchify
 def drawn(seed: int) -> tuple[np.ndarray, str, Scene]:
     rng = np.random.default_rng(seed)
     scene = imagine(rng)
-    return paint(scene), noisy_caption(scene, rng), scene
+    return paint(scene), loose_caption(scene, rng), scene
 
 
 def test_same_seed_same_picture_and_caption() -> None:
@@ -113,11 +113,12 @@ def test_a_linear_head_can_draw_the_scenes() -> None:
     import torch
 
     rng = np.random.default_rng(0)
-    pictures = [torch.from_numpy(paint(imagine(rng))) for _ in range(400)]
-    patches = torch.cat([patchify(picture) for picture in pictures]).double() / 127.5 - 1
-    shown, fresh = patches[: 300 * 16], patches[300 * 16 :]
-    mean = shown.mean(0)
-    basis = torch.linalg.eigh((shown - mean).T @ (shown - mean)).eigenvectors[:, -256:]
+    pictures = [torch.from_numpy(paint(imagine(rng))) for _ in range(250)]
+    patches = torch.cat([patchify(picture) for picture in pictures]).float() / 127.5 - 1
+    shown, fresh = patches[: 200 * 16], patches[200 * 16 :]
+    torch.manual_seed(0)
+    basis = torch.pca_lowrank(shown, q=256, niter=1)[2]
     assert basis.shape == (PATCH_DIM, 256)
-    error = ((fresh - mean) - (fresh - mean) @ basis @ basis.T).square().mean()
-    assert 10 * torch.log10(4 / error) > 30  # decibels
+    off_centre = fresh - shown.mean(0)
+    error = (off_centre - off_centre @ basis @ basis.T).square().mean()
+    assert 10 * torch.log10(4 / error) > 30  # decibels; colours span 2

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from hdl.mini.captions import noisy_caption
+from hdl.mini.captions import loose_caption
 from hdl.mini.scenes import imagine
 from hdl.mini.tokenizer import SPECIAL_TOKENS, VOCABULARY, chat_ids, train_tokenizer, write_tokenizer
 
@@ -19,7 +19,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "o1-tiny"
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     folder = tmp_path_factory.mktemp("tokenizer")
-    write_tokenizer(train_tokenizer(noisy_caption(imagine(rng), rng) for _ in range(2000)), folder)
+    write_tokenizer(train_tokenizer(loose_caption(imagine(rng), rng) for _ in range(2000)), folder)
     return folder
 
 
