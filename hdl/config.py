@@ -150,10 +150,14 @@ def load_run(arguments: list[str]) -> Run:
     class Described(Run):
         @classmethod
         def settings_customise_sources(
-            cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **_: Any
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            *unused: PydanticBaseSettingsSource,
+            **also_unused: PydanticBaseSettingsSource,
         ) -> tuple[PydanticBaseSettingsSource, ...]:
             parser = _Parser(prog="train.py CONFIG.toml", description=Run.__doc__)
-            line = CliSettingsSource(
+            line: CliSettingsSource[Any] = CliSettingsSource(
                 settings_cls,
                 cli_parse_args=flags,
                 root_parser=parser,

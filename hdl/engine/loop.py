@@ -1,6 +1,7 @@
 """The run: everything that train.py's config describes, from checks to the saved adapter."""
 
 import math
+import resource
 from dataclasses import dataclass
 
 import torch
@@ -173,7 +174,6 @@ class Loop:
             self.reporter.step(self.done, self._report(measured, grad_norm))
 
     def _report(self, measured: Tensor, grad_norm: float) -> StepReport:
-        on_gpu = self.processes.device.type == "cuda"
         return StepReport(
             loss=float(measured[0]),
             bands=measured[2:].view(2, -1),
@@ -181,7 +181,7 @@ class Loop:
             lr=self.engine.get_lr()[0],
             images=self.run.train.batch_size,
             tokens=int(measured[1]),
-            peak_memory=torch.cuda.max_memory_allocated() / GIB if on_gpu else 0.0,
+            peak_memory=_peak_memory(self.processes.device),
         )
 
     def _stop_at_nan(self, batches: list[Batch], sigmas: Tensor) -> None:
@@ -209,7 +209,7 @@ class Loop:
 
     def _save_adapter(self) -> None:
         weights = adapter_weights(self.engine)
-        if self.processes.is_main:
+        if self.reporter:
             save_adapter(self.engine.module, weights, self.prepared.folder.adapter)
             self.reporter.say(f"adapter: {self.prepared.folder.adapter}")
 
@@ -227,6 +227,13 @@ def _measured(loss: Tensor, batch: Batch, sigmas: Tensor, errors: Tensor) -> Ten
     sums = band_sums(sigmas[batch.places], errors.cpu())
     head = torch.tensor([float(loss.detach()), batch.layout.tokens], dtype=torch.float64)
     return torch.cat([head, sums.flatten()])
+
+
+def _peak_memory(device: torch.device) -> float:
+    """GiB: allocated on the GPU, or the process's largest resident size on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
 
 
 def _dtype(run: Run, processes: Processes) -> torch.dtype:

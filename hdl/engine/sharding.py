@@ -41,6 +41,9 @@ def read_strategy(path: Path) -> dict[str, Any]:
     clash = [key for key in SET_BY_HDL if key in strategy]
     if clash:
         raise HdlError(f"train.deepspeed {path} sets {', '.join(clash)}; set the run's own options instead")
+    stage = strategy.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (1, 2, 3):
+        raise HdlError(f"train.deepspeed {path}: zero_optimization.stage is {stage}, expected 1, 2 or 3")
     return strategy
 
 

@@ -22,12 +22,12 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     if len(layout.groups) == 1:  # one shape only: the run already is the dense batch
         group = layout.groups[0]
         b = group.index.shape[0]
-        dense = [x.view(b, -1, *x.shape[1:]) for x in (q, k, v)]
-        return attend_group(*dense, group.text).reshape(q.shape)
+        dense_q, dense_k, dense_v = (x.view(b, -1, *x.shape[1:]) for x in (q, k, v))
+        return attend_group(dense_q, dense_k, dense_v, group.text).reshape(q.shape)
     out = torch.empty_like(q)
     for group in layout.groups:
-        dense = [x[group.index] for x in (q, k, v)]
-        out = out.index_put((group.index,), attend_group(*dense, group.text))
+        attended = attend_group(q[group.index], k[group.index], v[group.index], group.text)
+        out = out.index_put((group.index,), attended)
     return out
 
 

@@ -159,7 +159,7 @@ class TimeEmbedder(nn.Module):
         frequencies = torch.exp(-math.log(10000.0) * steps / half)
         angles = 1000.0 * t.float()[:, None] * frequencies
         sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.mlp(sinusoids.to(self.mlp[0].weight.dtype))
+        return self.mlp(sinusoids.to(next(self.mlp.parameters()).dtype))
 
 
 class Head(nn.Module):

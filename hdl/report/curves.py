@@ -1,5 +1,6 @@
 """What a run shows while it runs: TensorBoard curves and pictures, and a progress bar, on rank 0."""
 
+import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ class StepReport:
     lr: float
     images: int
     tokens: int
-    peak_memory: float  # GiB on rank 0's device; 0 on a CPU
+    peak_memory: float  # GiB allocated on rank 0's GPU; on a CPU, of the process
 
 
 class Reporter:
@@ -44,11 +45,15 @@ class Reporter:
         self.writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
         self.bar = tqdm(total=steps, initial=first_step, desc="training", unit="step", dynamic_ncols=True)
         self._since = time.perf_counter()
+        self._seconds: list[float] = []
+        self._last: StepReport | None = None
 
     def step(self, step: int, report: StepReport) -> None:
         """Report the step that brought the run to `step` steps."""
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
+        self._seconds.append(seconds)
+        self._last = report
         scalars = {
             "loss": report.loss,
             "grad_norm": report.grad_norm,
@@ -82,4 +87,10 @@ class Reporter:
 
     def close(self) -> None:
         self.bar.close()
+        if self._last:
+            median = statistics.median(self._seconds[len(self._seconds) // 4 :])  # the first steps warm up
+            print(
+                f"{len(self._seconds)} steps, median {median:.3f} s a step ({self._last.images / median:.2f} images/s, "
+                f"{self._last.tokens / median:.0f} tokens/s), peak {self._last.peak_memory:.1f} GiB"
+            )
         self.writer.close()

@@ -4,7 +4,7 @@ A scheduler is told the velocity v = (x_pred - z) / sigma at each of its `timest
 and moves z to the next noise level. z may be any packed [P, 3072]: nothing here mixes patches.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from diffusers import UniPCMultistepScheduler
@@ -40,13 +40,14 @@ class UniPC:
         top = float(shift_sigma(torch.tensor(0.999, dtype=torch.float64), shift))
         grid = shift_sigma(torch.linspace(top, 0.0, steps + 1, dtype=torch.float64)[:-1], shift)
         self.timesteps = [int(1000 * sigma) for sigma in grid.tolist()]
-        self._solver = UniPCMultistepScheduler(
+        solver: Any = UniPCMultistepScheduler(  # typed loosely: diffusers wraps the class at run time
             prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=2, solver_type="bh2"
         )
-        self._solver.set_timesteps(steps)  # sets the solver's state up; its grid is replaced below
-        self._solver.sigmas = torch.cat([grid, grid.new_zeros(1)]).float()
-        self._solver.timesteps = torch.tensor(self.timesteps)
-        self._solver.set_begin_index(0)
+        solver.set_timesteps(steps)  # sets the solver's state up; its grid is replaced next
+        solver.sigmas = torch.cat([grid, grid.new_zeros(1)]).float()
+        solver.timesteps = torch.tensor(self.timesteps)
+        solver.set_begin_index(0)
+        self._solver = solver
 
     def step(self, i: int, v: Tensor, z: Tensor, noise: Tensor | None) -> Tensor:
         return self._solver.step(-v, self._solver.timesteps[i], z, return_dict=False)[0]

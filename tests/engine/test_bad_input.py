@@ -1,0 +1,142 @@
+"""What can be wrong with a run is said before it starts, and nothing already made is lost."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hdl.config import Train
+from hdl.data.prepare import Options, prepare
+from hdl.engine.processes import Processes
+from hdl.engine.sharding import build_optimizer, read_strategy, shares
+from hdl.errors import HdlError
+from hdl.o1.checkpoint import open_checkpoint
+from hdl.o1.prompt import PromptEncoder
+from tests.engine.conftest import Launch
+
+
+def test_a_world_that_does_not_divide_the_batch() -> None:
+    with pytest.raises(HdlError, match="batch_size 4 is not a multiple of the 3 processes.*batch_size 6"):
+        shares(Train(batch_size=4), world=3)
+    with pytest.raises(HdlError, match="micro_batch_size 4 does not divide a rank's share of the batch, 6"):
+        shares(Train(batch_size=12, micro_batch_size=4), world=2)
+    assert shares(Train(batch_size=12, micro_batch_size=3), world=2) == (3, 2)
+
+
+def test_8_bit_adamw_needs_a_gpu() -> None:
+    with pytest.raises(HdlError, match="adamw_8bit needs a CUDA GPU"):
+        build_optimizer(
+            Train(optimizer="adamw_8bit"), [torch.nn.Parameter(torch.ones(2))], torch.device("cpu")
+        )
+
+
+def test_strategies_that_are_not_one(tmp_path: Path) -> None:
+    path = tmp_path / "zero.json"
+    with pytest.raises(HdlError, match="no such file"):
+        read_strategy(path)
+    path.write_text("{")
+    with pytest.raises(HdlError, match="not readable as JSON"):
+        read_strategy(path)
+    path.write_text('{"train_batch_size": 3, "zero_optimization": {"stage": 2}}')
+    with pytest.raises(HdlError, match="sets train_batch_size; set the run's own options"):
+        read_strategy(path)
+    path.write_text('{"zero_optimization": {"stage": 0}}')
+    with pytest.raises(HdlError, match="stage is 0, expected 1, 2 or 3"):
+        read_strategy(path)
+
+
+def test_shards_of_another_base(launch: Launch, tiny_base: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_base, other)
+    file = other / "model-00002-of-00005.safetensors"
+    tensors = load_file(file)
+    tensors["model.language_model.embed_tokens.weight"] += 1
+    save_file(tensors, file)
+    run = launch(model__base=other)
+    assert run.status == 1 and "shards of another base" in run.printed
+    assert not run.output.exists()
+
+
+def test_an_output_folder_of_another_run_is_never_touched(launch: Launch, tmp_path: Path) -> None:
+    for name, text in (("run", "my notes"), ("file", None)):
+        if text is None:
+            (tmp_path / name).write_text("a file where the folder should be")
+        else:
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "notes.txt").write_text(text)
+        run = launch(name)
+        assert run.status == 1 and "nothing was changed there" in run.printed, run.printed
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["notes.txt"]
+    missing = launch("empty", resume=True)
+    assert missing.status == 1 and "holds no run to resume" in missing.printed
+
+
+def test_an_unwritable_output_folder(launch: Launch, tmp_path: Path) -> None:
+    (tmp_path / "occupied").write_text("")
+    run = launch("occupied/run")
+    assert run.status == 1 and "cannot be written to" in run.printed
+
+
+@pytest.fixture
+def poisoned(photos: Path, tiny_base: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A base whose row for one word is NaN, and shards in which one caption has that word."""
+    base, out, images = tmp_path / "base", tmp_path / "poisoned", tmp_path / "images"
+    shutil.copytree(tiny_base, base)
+    shutil.copytree(photos, images)
+    encoder = PromptEncoder(open_checkpoint(base))
+    captions = [file.read_text() for file in sorted(images.glob("*.txt"))]
+    usual = {token for caption in captions for token in encoder.ids(caption)} | set(encoder.ids(" "))
+    rare = next(t for t in encoder.ids("ZQ#") if t not in usual)
+    file = base / "model-00002-of-00005.safetensors"
+    tensors = load_file(file)
+    tensors["model.language_model.embed_tokens.weight"][rare] = float("nan")
+    save_file(tensors, file)
+    (images / "coffee.txt").write_text("a photograph of coffee ZQ#")
+    prepare(images, out, base, options=Options(area=64))
+    return base, out
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(launch: Launch, poisoned: tuple[Path, Path]) -> None:
+    base, out = poisoned
+    options = {"model__base": base, "data__shards": out, "train__batch_size": 2, "train__steps": 9}
+    run = launch(processes=2, save__every=100, data__caption_dropout=0, **options)
+    assert run.status != 0
+    assert "the loss of step" in run.printed and "is not finite" in run.printed
+    assert "coffee" in run.printed and "at sigma 0." in run.printed
+    kept = [p for p in (run.output / "checkpoints").iterdir() if p.name.startswith("step-")]
+    assert len(kept) == 1
+    stopped_at = int(run.printed.split("the loss of step ")[1].split()[0])
+    assert kept[0].name == f"step-{stopped_at - 1:06d}"
+    weights = load_file(kept[0] / "adapter_model.safetensors") | load_file(kept[0] / "optimizer.safetensors")
+    assert all(torch.isfinite(w).all() for w in weights.values())
+
+
+def test_a_damaged_shard_stops_the_run_before_it_starts(launch: Launch, shards: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(shards, damaged)
+    tar = next(damaged.glob("*.tar"))
+    tar.write_bytes(tar.read_bytes()[:-5000])
+    run = launch(data__shards=damaged)
+    assert run.status == 1 and tar.name in run.printed
+    assert not run.output.exists()
+
+
+def test_a_half_written_checkpoint_is_not_resumed_silently(launch: Launch) -> None:
+    run = launch()
+    assert run.status == 0, run.printed
+    (run.output / "checkpoints" / "step-000004" / "optimizer.safetensors").write_bytes(b"cut")
+    resumed = launch(resume=True, train__steps=6)
+    assert resumed.status == 1 and "step-000004: not a complete checkpoint" in resumed.printed
+    other_rank = launch(resume=True, lora__rank=8, train__steps=6)
+    assert other_rank.status == 1 and "adapter of another shape" in other_rank.printed
+
+
+def test_ranks_agree_on_an_error() -> None:
+    class Two(Processes):
+        def gather(self, thing: object) -> list[object]:
+            return [thing, "rank 1 says no"]
+
+    with pytest.raises(HdlError, match="rank 1 says no"):
+        Two(0, 2, torch.device("cpu")).all_or_none(None)
