@@ -9,10 +9,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 out="${1:?usage: launch/random_8b.sh OUT [train.py flags]}"
 shift
-if [ ! -d "$out/shards" ]; then
+if [ ! -f "$out/shards/index.json" ]; then
     mkdir -p "$out/base" "$out/images"
     cp tests/o1/o1-8b-config.json "$out/base/config.json"
-    cp hdl/mini/o1-mini/tokenizer* "$out/base/"
+    cp hdl/mini/o1-mini/{tokenizer*,*.jinja,vocab.json,merges.txt,*tokens*.json} "$out/base/"
     python - "$out/images" <<'EOF'
 import sys
 import numpy as np

@@ -22,6 +22,9 @@ BLOCK = 256  # bitsandbytes' 8-bit optimizers scale blocks of this many numbers
 
 def read_moments(engine: DeepSpeedEngine, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     """`NAME.exp_avg` and `NAME.exp_avg_sq`, float32 on the CPU; every rank must call this."""
+    if not all(_states(engine)):  # before the first step
+        _create_state(engine)
+        _set_steps(engine, 0)
     with _under_adams_names(engine):
         return {
             f"{name}.{moment}": safe_get_full_optimizer_state(parameter, moment).float().cpu()
@@ -40,6 +43,10 @@ def write_moments(
             for moment in MOMENTS:
                 value = moments[f"{name}.{moment}"].to(engine.device)
                 safe_set_full_optimizer_state(parameter, value, moment)
+    _set_steps(engine, steps)
+
+
+def _set_steps(engine: DeepSpeedEngine, steps: int) -> None:
     for state in _states(engine):
         if torch.is_tensor(state["step"]):
             state["step"].fill_(steps)

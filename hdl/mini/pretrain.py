@@ -12,6 +12,7 @@ import csv
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,16 +99,16 @@ def pretrain(out: Path, config: dict[str, Any], recipe: Recipe, device: str) -> 
         masters, lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
     batches = Batches(pool.to(device), tokenizer, recipe, device)
+    take_step = GraphedSteps(learner) if device.startswith("cuda") else partial(train_step, learner)
     curve: list[dict[str, float]] = []
     losses: list[Tensor] = []
     began, step, progress = time.monotonic(), 0, 0.0
     while progress < 1:
         optimizer.param_groups[0]["lr"] = recipe.learning_rate * warm_then_cosine(progress, recipe.warmup)
-        losses.append(train_step(learner, *batches.next()))
+        losses.append(take_step(*batches.next()))
         for master, weight in zip(masters, weights, strict=True):
             assert weight.grad is not None
             master.grad = weight.grad.float()
-            weight.grad = None
         nn.utils.clip_grad_norm_(masters, recipe.clip)
         optimizer.step()
         with torch.no_grad():
@@ -164,14 +165,51 @@ class Batches:
         return self.layouts[length]
 
 
+class GraphedSteps:
+    """`train_step` as one CUDA graph a caption length: launching its kernels takes longer than running them."""
+
+    def __init__(self, learner: Learner) -> None:
+        self.learner = learner
+        self.memory = torch.cuda.graph_pool_handle()  # one for all graphs: only one of them runs at a time
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]] = {}
+
+    def __call__(self, pictures: Tensor, ids: Tensor, layout: Layout) -> Tensor:
+        length = ids.shape[1]
+        if length not in self.graphs:
+            self.graphs[length] = self._capture(pictures.clone(), ids.clone(), layout)
+        graph, graph_pictures, graph_ids, loss = self.graphs[length]
+        graph_pictures.copy_(pictures)
+        graph_ids.copy_(ids)
+        graph.replay()
+        return loss.clone()
+
+    def _capture(
+        self, pictures: Tensor, ids: Tensor, layout: Layout
+    ) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # what is set up on first use, gradients too, must not be captured
+            for _ in range(3):
+                train_step(self.learner, pictures, ids, layout)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.memory):
+            loss = train_step(self.learner, pictures, ids, layout)
+        return graph, pictures, ids, loss
+
+
 def train_step(learner: Learner, pictures: Tensor, ids: Tensor, layout: Layout) -> Tensor:
     """Leaves gradients on the learner's parameters; returns the mean squared error of x0, unweighted.
 
     Sigma is uniform, one value in each of B equal parts. Errors are weighted by 1/(sigma + 0.2): a caption says
     almost all there is to draw, so low noise levels, where a picture gets its last finish, would count too little.
     """
+    for weight in learner.parameters():
+        if weight.grad is not None:
+            weight.grad.zero_()  # in place: a CUDA graph needs gradients to stay where they are
     batch = len(pictures)
-    sigma = (torch.randperm(batch, device=ids.device) + torch.rand(batch, device=ids.device)) / batch
+    # The parts need no shuffling: which picture stands where in the batch is random already.
+    sigma = (torch.arange(batch, device=ids.device) + torch.rand(batch, device=ids.device)) / batch
     errors = x0_errors(learner, pictures, ids, sigma, layout)
     (errors / (sigma + 0.2)).mean().backward()
     return errors.detach().mean()
