@@ -29,16 +29,10 @@ echo "== 3/4 training a LoRA on $processes processes"
 torchrun --standalone --nproc_per_node="$processes" train.py launch/quickstart.toml \
     --data.shards "$out/shards" --save.output "$out/run"
 echo "== 4/4 drawing prompts that were not in the set, with and without the trigger"
-python tools/style_prompts.py "$out/prompts" --count 20
-for trigger in with without; do
-    python tools/sample.py "$out/pictures/$trigger-trigger" --base "$base" --lora "$out/run/adapter" \
-        --prompts-file "$out/prompts/$trigger-trigger.txt" --height 128 --width 128 --together 20
-    echo "style $trigger trigger: $(python tools/style_score.py "$out/pictures/$trigger-trigger" | tail -1)" \
-        | tee -a "$out/style.txt"
-done
+style=$(python tools/style_gate.py "$out/gate" --base "$base" --lora "$out/run/adapter" | tail -1)
 
 echo
-echo "adapter (PEFT):          $out/run/adapter"
-echo "before / after pictures: $(ls "$out"/run/pictures/*.png | tail -1)"
-echo "curves:                  .venv/bin/tensorboard --logdir $out/run/tensorboard"
-cat "$out/style.txt"
+echo "adapter (PEFT):           $out/run/adapter"
+echo "before / after pictures:  $(ls "$out"/run/pictures/*.png | tail -1)"
+echo "curves:                   .venv/bin/tensorboard --logdir $out/run/tensorboard"
+echo "$style"

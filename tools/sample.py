@@ -31,7 +31,7 @@ def main() -> None:
         config_from=args.config_from,
         height=args.height,
         width=args.width,
-        seed=args.seed,
+        seeds=range(args.seed, args.seed + len(prompts)),
         together=args.together,
         device="cuda" if torch.cuda.is_available() else "cpu",
     )

@@ -30,15 +30,15 @@ def draw_prompts(
     prompts: Sequence[str],
     settings: SamplerSettings,
     *,
+    seeds: Sequence[int],
     adapter: Path | None = None,
     config_from: Path | None = None,
     height: int,
     width: int,
-    seed: int,
     together: int,
     device: torch.device | str,
 ) -> list[Drawing]:
-    """Draw each prompt once, the i-th with seed + i, `together` pictures in one packed run.
+    """Draw each prompt once, from its own seed, `together` pictures in one packed run.
 
     adapter: folder of a PEFT adapter. The model runs in bfloat16 on a GPU, in float32 on a CPU. HdlError for
     sizes that are not multiples of 32 and for everything wrong with the files.
@@ -53,7 +53,7 @@ def draw_prompts(
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     base_model = load_model(checkpoint, device, dtype)
     model = base_model if adapter is None else open_adapter(base_model, adapter)
-    requests = [Request(text, height, width, seed + i) for i, text in enumerate(texts[:-1])]
+    requests = [Request(text, height, width, seed) for text, seed in zip(texts, seeds)]
     pictures = []
     for start in tqdm(range(0, len(requests), together), desc="drawing", unit="pack"):
         pictures += generate(model, requests[start : start + together], texts[-1], settings, device)

@@ -60,7 +60,7 @@ def test_a_run_leaves_everything_it_promises(launch: Launch, alone: list[Finishe
 
     def halves(path: Path) -> tuple[bytes, bytes]:  # of the first row of the grid
         sheet = Image.open(path)
-        return sheet.crop((8, 16, 40, 80)).tobytes(), sheet.crop((48, 16, 80, 80)).tobytes()
+        return sheet.crop((8, 21, 104, 213)).tobytes(), sheet.crop((112, 21, 208, 213)).tobytes()
 
     before, after = halves(pictures[0]), halves(pictures[-1])
     assert before[0] == before[1] == after[0]  # the adapter starts as nothing, and can be switched off

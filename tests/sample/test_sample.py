@@ -46,6 +46,17 @@ def test_a_grid_holds_every_picture_and_its_label() -> None:
     sheet = as_tensor(picture_grid([pictures[:2], pictures[2:]], ["left", "right"], ["one", "two"]))
     seen = {tuple(pixel) for pixel in sheet.flatten(0, 1).tolist()}
     assert {tuple(c) for c in colours.tolist()} <= seen
-    unlabelled = as_tensor(picture_grid([pictures[:2], pictures[2:]], ["", ""], ["", ""]))
-    differs = (sheet != unlabelled).any(-1)
-    assert differs[:16].any() and differs[48:64].any() and differs[104:].any()  # columns, "one", "two"
+
+    def relabelled(columns: list[str], labels: list[str]) -> torch.Tensor:
+        other = as_tensor(picture_grid([pictures[:2], pictures[2:]], columns, labels))
+        return (other != sheet).any(-1).any(-1).nonzero().flatten()  # which lines of pixels changed
+
+    assert relabelled(["left", "right"], ["one", "two"]).numel() == 0
+    first, second = relabelled(["left", "right"], ["uno", "two"]), relabelled(["left", "right"], ["one", "due"])
+    assert relabelled(["here", "right"], ["one", "two"]).max() < first.min() and first.max() < second.min()
+
+
+def test_a_long_label_is_wrapped_not_cut() -> None:
+    picture = [torch.zeros(64, 64, 3, dtype=torch.uint8)]
+    short, long = (picture_grid([picture], ["x"], ["word " * n]) for n in (1, 40))
+    assert long.width == short.width and long.height > short.height
