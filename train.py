@@ -5,7 +5,7 @@ import sys
 import warnings
 
 from hdl.config import load_run
-from hdl.errors import command_line
+from hdl.errors import HdlError, command_line
 
 
 def main() -> None:
@@ -13,7 +13,10 @@ def main() -> None:
     logging.getLogger("bitsandbytes").setLevel(
         logging.ERROR
     )  # says that it has no fast 4-bit kernel for the CPU
-    run = load_run(sys.argv[1:])
+    try:
+        run = load_run(sys.argv[1:])
+    except HdlError as error:
+        raise HdlError(str(error), on_all_ranks=True) from None
     from hdl.engine.processes import process_group  # torch and DeepSpeed take seconds to import
 
     with process_group() as processes:

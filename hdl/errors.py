@@ -5,12 +5,20 @@ raised as `HdlError` with a message that says what was found, where, what was ex
 Anything else that escapes is a bug in hdl and keeps its traceback.
 """
 
+import os
 import sys
 from collections.abc import Callable
 
 
 class HdlError(Exception):
-    """Bad input or a machine that cannot do what was asked; the message is written for the user."""
+    """Bad input or a machine that cannot do what was asked; the message is written for the user.
+
+    on_all_ranks: every rank of a job raises this very error, so that one of them telling is enough.
+    """
+
+    def __init__(self, message: str, on_all_ranks: bool = False) -> None:
+        super().__init__(message)
+        self.on_all_ranks = on_all_ranks
 
 
 def command_line(main: Callable[[], int | None]) -> None:
@@ -18,7 +26,8 @@ def command_line(main: Callable[[], int | None]) -> None:
     try:
         status = main()
     except HdlError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not error.on_all_ranks or os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
         status = 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

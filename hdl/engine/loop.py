@@ -161,24 +161,26 @@ class Loop:
                     measured = self.processes.sum(measured)
                     if not math.isfinite(float(measured[0])):
                         self._stop_at_nan(batches, sigmas)
+                lr = self.engine.get_lr()[0]  # of this step
                 self.engine.step()
         grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
         if not math.isfinite(grad_norm):
             raise HdlError(
                 f"the gradient of step {step + 1} is not finite, though its loss is ({float(measured[0]):.4g}); nothing "
                 f"was saved after it. Resume from the last checkpoint in {self.prepared.folder.checkpoints} with a lower "
-                "train.lr"
+                "train.lr",
+                on_all_ranks=True,
             )
         self.done += 1
         if self.reporter:
-            self.reporter.step(self.done, self._report(measured, grad_norm))
+            self.reporter.step(self.done, self._report(measured, grad_norm, lr))
 
-    def _report(self, measured: Tensor, grad_norm: float) -> StepReport:
+    def _report(self, measured: Tensor, grad_norm: float, lr: float) -> StepReport:
         return StepReport(
             loss=float(measured[0]),
             bands=measured[2:].view(2, -1),
             grad_norm=grad_norm,
-            lr=self.engine.get_lr()[0],
+            lr=lr,
             images=self.run.train.batch_size,
             tokens=int(measured[1]),
             peak_memory=_peak_memory(self.processes.device),
@@ -195,7 +197,8 @@ class Loop:
         samples = ", ".join(text for texts in everyone for text in texts)
         raise HdlError(
             f"the loss of step {self.done + 1} is not finite; the state before it is kept in {saved}. Its samples: "
-            f"{samples}. Look at these images, or resume with a lower train.lr"
+            f"{samples}. Look at these images, or resume with a lower train.lr",
+            on_all_ranks=True,
         )
 
     def _save(self) -> str:

@@ -46,7 +46,7 @@ class Processes:
         """If any rank has an error, every rank raises it, so that none is left waiting for another."""
         errors = [e for e in self.gather(str(error) if error else None) if e]
         if errors:
-            raise HdlError("; ".join(dict.fromkeys(errors)))
+            raise HdlError("; ".join(dict.fromkeys(errors)), on_all_ranks=True)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from hdl.sample.draw import Drawing, draw_prompts
 from hdl.sample.generate import SamplerSettings
 from hdl.sample.grid import as_tensor, picture_grid
 
-IN_GRID = 12  # prompts shown
+IN_GRID = 6  # pictures a row
 # A caption says all there is to draw: guidance has nothing to add for the small O1, and makes it overshoot.
 SETTINGS = SamplerSettings("full", steps=50, guidance_scale=1.0, shift=3.0)
 
@@ -30,7 +30,8 @@ def measure_gate(
 ) -> Gate:
     """Draw `count` held-out prompts with and without the trigger phrase, the same noise for both.
 
-    Writes the pictures into out/with-trigger and out/without-trigger and a grid, out/gate.png.
+    Writes the pictures into out/with-trigger and out/without-trigger, their prompts into out/prompts.txt and
+    the first of them side by side into out/gate.png.
     """
     prompts = evaluation_prompts(count, seed)
     drawn = draw_prompts(
@@ -49,9 +50,13 @@ def measure_gate(
         (out / name).mkdir(parents=True, exist_ok=True)
         for i, drawing in enumerate(pictures):
             drawing.image.save(out / name / f"{i:03d}.png")
-    rows = [[as_tensor(one.image), as_tensor(other.image)] for one, other in zip(plain, styled)]
-    grid = picture_grid(rows[:IN_GRID], ["as it is", f'"{TRIGGER}, …"'], prompts[:IN_GRID])
-    grid.save(out / "gate.png")
+    (out / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in prompts), encoding="utf-8")
+    rows = [[as_tensor(d.image) for d in drawings[:IN_GRID]] for drawings in (plain, styled)]
+    labels = [
+        "the adapter on, prompts as they are",
+        f'the adapter on, "{TRIGGER}, …" before the same prompts',
+    ]
+    picture_grid(rows, [str(i) for i in range(len(rows[0]))], labels).save(out / "gate.png")
     return Gate(_share(styled), _share(plain))
 
 

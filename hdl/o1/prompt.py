@@ -66,6 +66,12 @@ def load_tokenizer(folder: Path):  # type: ignore[no-untyped-def]  # transformer
             "tokenizer files beside config.json, or point config_from at a folder that has them"
         )
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise HdlError(f"{folder}: its tokenizer files do not load ({error})") from None
+    if not tokenizer.chat_template:
+        raise HdlError(
+            f"{folder}: the tokenizer has no chat template; copy the published chat_template.jinja (or the "
+            "tokenizer_config.json that holds it) there"
+        )
+    return tokenizer

@@ -53,7 +53,7 @@ def test_a_run_leaves_everything_it_promises(launch: Launch, alone: list[Finishe
     wanted = ["grad_norm", "lr", "speed/images_per_second", "speed/tokens_per_second", "memory/peak_gib"]
     assert set(wanted) <= set(run.curve_names())
     assert sum(name.startswith("x0_error/sigma_") for name in run.curve_names()) == 4
-    assert run.curve("lr") == pytest.approx({1: 5e-3, 2: 1e-2, 3: 1e-2, 4: 1e-2})
+    assert run.curve("lr") == pytest.approx({1: 0.0, 2: 5e-3, 3: 1e-2, 4: 1e-2})
     pictures = sorted((run.output / "pictures").iterdir())
     assert [p.name for p in pictures] == ["step-000000.png", "step-000002.png", "step-000004.png"]
     assert "loss" in run.printed and "images/s" in run.printed

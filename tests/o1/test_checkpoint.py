@@ -171,6 +171,14 @@ def test_a_checkpoint_without_tokenizer_opens_but_has_no_prompts(tiny_base: Path
         PromptEncoder(checkpoint)
 
 
+def test_a_tokenizer_without_chat_template_is_named(tiny_base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_base, folder)
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(HdlError, match="no chat template"):
+        PromptEncoder(open_checkpoint(folder))
+
+
 def test_a_path_that_is_no_checkpoint_is_named(tmp_path: Path, single_file: Callable[..., Path]) -> None:
     with pytest.raises(HdlError, match="no such checkpoint"):
         open_checkpoint(tmp_path / "nothing")

@@ -52,7 +52,10 @@ def test_a_grid_holds_every_picture_and_its_label() -> None:
         return (other != sheet).any(-1).any(-1).nonzero().flatten()  # which lines of pixels changed
 
     assert relabelled(["left", "right"], ["one", "two"]).numel() == 0
-    first, second = relabelled(["left", "right"], ["uno", "two"]), relabelled(["left", "right"], ["one", "due"])
+    first, second = (
+        relabelled(["left", "right"], ["uno", "two"]),
+        relabelled(["left", "right"], ["one", "due"]),
+    )
     assert relabelled(["here", "right"], ["one", "two"]).max() < first.min() and first.max() < second.min()
 
 
