@@ -1,0 +1,43 @@
+"""The quick start's steps in small: style set, shards, a few steps of its own run, pictures."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def run(*command: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=REPOSITORY,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_quick_starts_steps(tmp_path: Path) -> None:
+    base = "hdl/mini/o1-mini"
+    images, shards, out, gate = (str(tmp_path / name) for name in ("images", "shards", "run", "gate"))
+    run("tools/style_set.py", images, "--styled", "6", "--plain", "6")
+    run("tools/prepare.py", images, shards, "--base", base, "--area", "128")
+    run(
+        "train.py", "launch/quickstart.toml", "--data.shards", shards, "--save.output", out,
+        "--train.steps", "12", "--validation.steps", "5",
+    )  # fmt: skip
+    said = run("tools/style_gate.py", gate, "--base", base, "--lora", f"{out}/adapter", "--count", "2")
+    assert "in the style: 0% of 2 pictures with the trigger, 0% without" in said  # 12 steps teach nothing yet
+    prompt = "kotonia style, a big red house on the left"
+    run(
+        "tools/sample.py", str(tmp_path / "drawn"), "--base", base, "--lora", f"{out}/adapter",
+        "--prompt", prompt, "--prompt", "a boat", "--height", "128", "--width", "96", "--steps", "5", "--seed", "7",
+    )  # fmt: skip
+    assert Image.open(tmp_path / "drawn" / "001-seed8.png").size == (96, 128)
+    assert (tmp_path / "drawn" / "prompts.txt").read_text() == f"{prompt}\na boat\n"
