@@ -1,6 +1,5 @@
 """Train a LoRA on an O1: torchrun --nproc_per_node=N train.py CONFIG.toml [--section.field VALUE ...]"""
 
-import logging
 import sys
 import warnings
 
@@ -10,9 +9,6 @@ from hdl.errors import HdlError, command_line
 
 def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls
-    logging.getLogger("bitsandbytes").setLevel(
-        logging.ERROR
-    )  # says that it has no fast 4-bit kernel for the CPU
     try:
         run = load_run(sys.argv[1:])
     except HdlError as error:

@@ -15,7 +15,7 @@ from hdl.data.shards import Shards
 from hdl.engine.checkpoints import adapter_weights, read_state, restore, save_checkpoint
 from hdl.engine.processes import Processes
 from hdl.engine.run_folder import RunFolder
-from hdl.engine.sharding import read_strategy, shard, shares
+from hdl.engine.sharding import check_optimizer, read_strategy, shard, shares
 from hdl.engine.validation import Validation, save_picture
 from hdl.errors import HdlError
 from hdl.flow.noise import VARIANTS
@@ -44,6 +44,7 @@ def prepare(run: Run, processes: Processes) -> Prepared:
     """Check everything that can be wrong, cheapest first; the run's folder is claimed last."""
     shares(run.train, processes.world)
     read_strategy(run.train.deepspeed)
+    check_optimizer(run.train, processes.device)
     checkpoint = open_checkpoint(run.model.base, run.model.config_from, run.model.random_init)
     fingerprint = checkpoint.fingerprint()
     shards = Shards(run.data.shards, fingerprint)

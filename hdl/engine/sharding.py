@@ -64,17 +64,18 @@ def shares(train: Train, world: int) -> tuple[int, int]:
     return micro, share // micro
 
 
-def build_optimizer(
-    train: Train, parameters: list[nn.Parameter], device: torch.device
-) -> torch.optim.Optimizer:
+def check_optimizer(train: Train, device: torch.device) -> None:
+    """HdlError when the optimizer cannot run on this device."""
+    if train.optimizer == "adamw_8bit" and device.type != "cuda":
+        raise HdlError(
+            "train.optimizer adamw_8bit needs a CUDA GPU, this run is on the CPU; use train.optimizer adamw"
+        )
+
+
+def build_optimizer(train: Train, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     settings = {"lr": train.lr, "betas": train.betas, "weight_decay": train.weight_decay}
     if train.optimizer == "adamw":
         return torch.optim.AdamW(parameters, fused=True, **settings)  # type: ignore[arg-type]
-    if device.type != "cuda":
-        raise HdlError(
-            "train.optimizer adamw_8bit needs a CUDA GPU (bitsandbytes' 8-bit AdamW runs on none here); "
-            "use train.optimizer adamw"
-        )
     import bitsandbytes  # slow to import and only of use here
 
     return bitsandbytes.optim.AdamW8bit(parameters, **settings)
@@ -86,7 +87,7 @@ def shard(
     """Hand the trainable parameters of `model` to DeepSpeed."""
     micro, accumulation = shares(train, processes.world)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = build_optimizer(train, parameters, processes.device)
+    optimizer = build_optimizer(train, parameters)
     kind = {"constant": "constant_with_warmup", "cosine": "cosine"}[train.schedule]
     scheduler = get_scheduler(kind, optimizer, train.warmup_steps, train.steps)
     settings = read_strategy(train.deepspeed) | {

@@ -72,7 +72,9 @@ def launch(shards: Path, tiny_base: Path, tmp_path: Path) -> Launch:
         flags = ["--resume"] if options.pop("resume", False) else []
         for name, value in options.items():
             section, field = name.split("__")
-            described[section][field] = value if isinstance(value, (int, float, list)) else str(value)
+            described.setdefault(section, {})[field] = (
+                value if isinstance(value, (int, float, list)) else str(value)
+            )
         config = tmp_path / f"{output.replace(chr(47), chr(45))}.toml"
         config.write_text(tomli_w.dumps(described))
         starter = [sys.executable]

@@ -122,3 +122,25 @@ def test_resuming_on_the_same_ranks_is_bit_equal(launch: Launch) -> None:
     assert resumed.status == 0, resumed.printed
     third = adapter(resumed)
     assert all(torch.equal(first[n], third[n]) for n in first)
+
+
+def test_the_dev_variant_and_every_other_way_to_flow(launch: Launch) -> None:
+    run = launch(
+        model__variant="dev",
+        lora__rslora=True,
+        lora__dropout=0.1,
+        flow__sigma="logit_normal",
+        flow__logit_mean=0.5,
+        flow__shift=3.0,
+        flow__weighting="velocity",
+        train__steps=2,
+        validation__prompts=["a cat"],
+        validation__height=32,
+        validation__width=32,
+    )
+    assert run.status == 0, run.printed
+    losses = run.curve("loss")
+    assert len(losses) == 2 and all(math.isfinite(loss) for loss in losses.values())
+    x0_errors = [run.curve(n)[1] for n in run.curve_names() if n.startswith("x0_error") and 1 in run.curve(n)]
+    assert losses[1] > 1.5 * max(x0_errors)  # weighted by 1/sigma^2
+    assert len(list((run.output / "pictures").iterdir())) == 2
