@@ -54,9 +54,10 @@ def prepare(run: Run, processes: Processes) -> Prepared:
     problem = None
     if processes.is_main:
         try:
-            folder.claim(run)
+            folder.check(run)
             if run.resume:
                 _check_same_run(read_state(folder.to_resume()), trained_on, folder)
+            folder.claim(run)
         except HdlError as error:
             problem = error
     processes.all_or_none(problem)

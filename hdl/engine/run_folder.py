@@ -23,8 +23,8 @@ class RunFolder:
         self.pictures = path / "pictures"
         self.tensorboard = path / "tensorboard"
 
-    def claim(self, run: Run) -> None:
-        """Make the folder, or check that it is this run's to continue, and write the config into it."""
+    def check(self, run: Run) -> None:
+        """HdlError unless the folder is new, empty, or that of the run to resume."""
         used = self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir()))
         if used and not run.resume:
             what = "the output of another run" if self.config.exists() else "not an empty folder"
@@ -34,6 +34,9 @@ class RunFolder:
             )
         if run.resume and not self.config.is_file():
             raise HdlError(f"save.output {self.path} holds no run to resume; start it without --resume")
+
+    def claim(self, run: Run) -> None:
+        """Make the folder and write the config into it."""
         try:
             for folder in (self.checkpoints, self.pictures, self.tensorboard):
                 folder.mkdir(parents=True, exist_ok=True)

@@ -131,6 +131,18 @@ def test_a_half_written_checkpoint_is_not_resumed_silently(launch: Launch) -> No
     assert other_rank.status == 1 and "adapter of another shape" in other_rank.printed
 
 
+def test_resuming_with_other_data_changes_nothing(
+    launch: Launch, photos: Path, tmp_path: Path, tiny_base: Path
+) -> None:
+    run = launch(train__steps=2)
+    assert run.status == 0, run.printed
+    config = (run.output / "config.toml").read_text()
+    prepare(photos, tmp_path / "other", tiny_base, options=Options(area=64))
+    resumed = launch(resume=True, data__shards=tmp_path / "other")
+    assert resumed.status == 1 and "was trained on another data" in resumed.printed
+    assert (run.output / "config.toml").read_text() == config
+
+
 def test_ranks_agree_on_an_error() -> None:
     class Two(Processes):
         def gather(self, thing: object) -> list[object]:

@@ -3,11 +3,14 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from hdl.sample.draw import draw_prompts
+from hdl.sample.generate import SamplerSettings
 from tests.engine.conftest import Finished, Launch
 
 # float32 on CPUs: sums are taken in another order on another number of ranks, and Adam's first steps
@@ -24,6 +27,8 @@ def assert_same_losses(one: Finished, other: Finished) -> None:
     assert first.keys() == second.keys() == {1, 2, 3, 4}
     for step in first:
         assert first[step] == pytest.approx(second[step], rel=RELATIVE), step
+    # AdamW hides a wrongly scaled gradient; its norm does not.
+    assert one.curve("grad_norm") == pytest.approx(other.curve("grad_norm"), rel=1e-3)
     weights, others = adapter(one), adapter(other)
     for name in weights:
         error = (weights[name] - others[name]).norm() / weights[name].norm()
@@ -35,11 +40,18 @@ def alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return []
 
 
+PICTURES = {
+    "validation__prompts": ["a cat", "a rocket", "coins"],
+    "validation__height": 64,
+    "validation__width": 32,
+    "validation__steps": 3,
+}
+
+
 def one_rank(launch: Launch, memo: list[Finished]) -> Finished:
     """The run the others are held to: one process, ZeRO-2, the whole batch in one pack."""
     if not memo:
-        memo.append(launch("alone", validation__prompts=["a cat", "a rocket", "coins"], validation__height=64,
-                           validation__width=32, validation__steps=3))  # fmt: skip
+        memo.append(launch("alone", **PICTURES))
         assert memo[0].status == 0, memo[0].printed
     return memo[0]
 
@@ -80,9 +92,27 @@ def test_losses_do_not_depend_on_how_a_step_is_spread(
     launch: Launch, alone: list[Finished], processes: int, stage: str, options: dict
 ) -> None:
     options = {k: bool(v) if "checkpointing" in k else v for k, v in options.items()}
-    run = launch(processes=processes, train__deepspeed=f"ds_configs/{stage}.json", **options)
+    run = launch(processes=processes, train__deepspeed=f"ds_configs/{stage}.json", **PICTURES, **options)
     assert run.status == 0, run.printed
     assert_same_losses(one_rank(launch, alone), run)
+    last = "pictures/step-000004.png"
+    ours, theirs = (np.asarray(Image.open(r.output / last), int) for r in (run, one_rank(launch, alone)))
+    assert np.abs(ours - theirs).max() <= 3  # enlarged by a filter that overshoots
+
+
+def test_pictures_are_those_of_the_saved_adapter(
+    launch: Launch, alone: list[Finished], tiny_base: Path
+) -> None:
+    run = one_rank(launch, alone)
+    drawn = draw_prompts(
+        tiny_base, PICTURES["validation__prompts"], SamplerSettings("full", 3, 5.0, 3.0),
+        seeds=range(3), adapter=run.output / "adapter", height=64, width=32, together=2, device="cpu",
+    )  # fmt: skip
+    sheet = np.asarray(Image.open(run.output / "pictures" / "step-000004.png"), int)
+    for i, drawing in enumerate(drawn):
+        enlarged = np.asarray(drawing.image.resize((96, 192), Image.Resampling.LANCZOS), int)
+        top = 21 + i * (192 + 13 + 8)
+        assert np.abs(sheet[top : top + 192, 112:208] - enlarged).max() <= 3
 
 
 def test_resuming_continues_as_if_nothing_had_happened(launch: Launch) -> None:
