@@ -27,7 +27,7 @@ from hdl.o1.decoder import O1
 from hdl.o1.layout import Segment, lay_out
 from hdl.o1.patches import PATCH, patchify, to_model, to_pixels, unpatchify
 from hdl.o1.prompt import UNCONDITIONAL_PROMPT, PromptEncoder
-from hdl.sample.generate import Request, denoise
+from hdl.sample.generate import Request, denoise, initial_generator, initial_noise
 from hdl.sample.grid import as_tensor
 from hdl.sample.schedulers import Flash, FlowMatchEuler, Scheduler, UniPC
 
@@ -146,7 +146,7 @@ def _check_train(golden: Golden, case: dict[str, Any], stored: dict[str, Tensor]
 
 def _check_sample(golden: Golden, case: dict[str, Any], stored: dict[str, Tensor]) -> list[Check]:
     request = Request(golden.text(case["prompt"]), case["height"], case["width"], case["seed"])
-    z = _initial_noise(case)
+    z = initial_noise(request, initial_generator(request), case["noise_scale"])
     calls: list[tuple[float, Tensor]] = []
 
     def watched(text: Tensor, z: Tensor, t: Tensor, layout: Any) -> Tensor:
@@ -170,12 +170,6 @@ def _check_sample(golden: Golden, case: dict[str, Any], stored: dict[str, Tensor
         Check(case["file"], "x_pred_first", _relative(calls[0][1], stored["x_pred_first"]), X_PRED_BOUND),
         Check(case["file"], "picture (of 255)", _furthest(picture, stored["image"]), PIXEL_BOUND),
     ]
-
-
-def _initial_noise(case: dict[str, Any]) -> Tensor:
-    generator = torch.Generator().manual_seed(case["seed"] + 1)
-    image = torch.randn(1, 3, case["height"], case["width"], generator=generator)[0]
-    return case["noise_scale"] * patchify(image.permute(1, 2, 0))
 
 
 def _scheduler(case: dict[str, Any]) -> Scheduler:

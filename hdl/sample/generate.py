@@ -50,9 +50,8 @@ def generate(
     the unconditional prompt. The pictures do not depend on what else is drawn in the same call.
     """
     variant = VARIANTS[settings.variant]
-    generators = [torch.Generator().manual_seed(request.seed + 1) for request in requests]
-    images = [torch.randn(1, 3, r.height, r.width, generator=g) for r, g in zip(requests, generators)]
-    z = torch.cat([patchify(image[0].permute(1, 2, 0)) for image in images]) * variant.noise_scale
+    generators = [initial_generator(request) for request in requests]
+    z = torch.cat([initial_noise(r, g, variant.noise_scale) for r, g in zip(requests, generators)])
     if settings.variant == "full":
         scheduler: Scheduler = UniPC(settings.steps, settings.shift)
         guidance = settings.guidance_scale
@@ -65,6 +64,17 @@ def generate(
 
     final = denoise(model, requests, empty_text, z.to(device), scheduler, guidance, step_noise)
     return _cut(to_pixels(final).cpu(), requests)
+
+
+def initial_generator(request: Request) -> torch.Generator:
+    """On the CPU, seeded as the model's own code seeds it: with the request's seed + 1."""
+    return torch.Generator().manual_seed(request.seed + 1)
+
+
+def initial_noise(request: Request, generator: torch.Generator, noise_scale: float) -> Tensor:
+    """[P, 3072]: noise_scale times a standard normal image, drawn as an image and then cut into patches."""
+    image = torch.randn(1, 3, request.height, request.width, generator=generator)[0]
+    return noise_scale * patchify(image.permute(1, 2, 0))
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import torch
 
 from hdl.o1.checkpoint import TOKEN_TABLE, expected_shapes, load_model, open_checkpoint
 from hdl.o1.config import read_config
+from hdl.o1.decoder import rotary_angles
 from hdl.o1.layout import Segment, lay_out
 from hdl.o1.prompt import PromptEncoder
 
@@ -21,6 +22,16 @@ def test_names_and_shapes_are_those_of_the_real_8b_checkpoint() -> None:
     assert ours == {name: shape for name, shape in real.items() if name not in unused}
     parameters = sum(torch.Size(shape).numel() for name, shape in ours.items() if name != TOKEN_TABLE)
     assert 6.94e9 < parameters < 7.05e9
+
+
+def test_each_rotary_frequency_turns_with_its_own_axis() -> None:
+    """On the real config: 24/20/20 of 64 frequencies, interleaved t h w t h w ..., the last four again t."""
+    config = read_config(HERE / "o1-8b-config.json")
+    t, h, w = 3.0, 50.0, 700.0
+    angles = rotary_angles(torch.tensor([[t], [h], [w]]), config)[0].double()
+    axes = [t, h, w] * 20 + [t] * 4
+    for i, position in enumerate(axes):
+        assert float(angles[i]) == pytest.approx(position * 5e6 ** (-2 * i / 128), rel=1e-5), i
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
