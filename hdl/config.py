@@ -210,7 +210,11 @@ def _explain(error: Any) -> str:
     if error["type"] == "extra_forbidden":
         return f"unknown option {name}{_did_you_mean(name, _all_fields() + list(Run.model_fields))}"
     if error["type"] == "missing":
-        return f"{name} is required"
+        inner = (
+            getattr(Run.model_fields[name].annotation, "model_fields", {}) if name in Run.model_fields else {}
+        )
+        required = [f"{name}.{field}" for field, info in inner.items() if info.is_required()]
+        return f"{', '.join(required) or name} is required"
     message = error["msg"].removeprefix("Value error, ")
     found = error["input"]
     shown = "" if isinstance(found, (dict, BaseModel)) else f" (found {found!r})"

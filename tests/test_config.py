@@ -56,7 +56,9 @@ def test_mistakes_are_named(toml: Path, extra: str, flags: list[str], message: s
 
 
 def test_what_is_required_and_a_file_that_is_not_there() -> None:
-    with pytest.raises(HdlError, match="save is required"):
+    with pytest.raises(HdlError, match=r"^save\.output is required$"):
         load_run(["--model.base", "b", "--data.shards", "s"])
+    with pytest.raises(HdlError, match=r"^model\.base is required$"):
+        load_run(["--model.dtype", "float32", "--data.shards", "s", "--save.output", "o"])
     with pytest.raises(HdlError, match="nothing.toml: no such config"):
         load_run(["nothing.toml"])

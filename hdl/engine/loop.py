@@ -23,7 +23,7 @@ from hdl.flow.sigma import draw_sigmas
 from hdl.flow.step import flow_matching_loss
 from hdl.memory.recompute import recompute_every_layer
 from hdl.o1.checkpoint import Checkpoint, load_model, open_checkpoint
-from hdl.report.curves import Reporter, StepReport, band_sums
+from hdl.report.curves import BANDS, Reporter, StepReport, band_sums
 from hdl.seeds import derive_seed, seeded
 
 GIB = 2**30
@@ -125,6 +125,7 @@ class Loop:
 
     def go(self) -> None:
         run, steps = self.run, self.run.train.steps
+        self.engine.train()  # dropout on; drawing pictures switches it off and on again
         try:
             if self.done == 0:
                 self._draw_pictures()
@@ -149,7 +150,7 @@ class Loop:
             distribution=flow.sigma, mean=flow.logit_mean, std=flow.logit_std, shift=flow.shift,
         )  # fmt: skip
         batches = self.batches.of_step(step)
-        measured = torch.zeros(10, dtype=torch.float64)  # loss, tokens, error and count by band of sigma
+        measured = torch.zeros(2 + 2 * BANDS, dtype=torch.float64)  # see _measured
         with seeded(derive_seed(train.seed, "dropout", step, self.processes.rank)):
             for i, batch in enumerate(batches):
                 loss, errors = flow_matching_loss(
@@ -229,6 +230,7 @@ class Loop:
 
 
 def _measured(loss: Tensor, batch: Batch, sigmas: Tensor, errors: Tensor) -> Tensor:
+    """What adds up over micro-batches and ranks, in one vector: loss, tokens, then band_sums, flattened."""
     sums = band_sums(sigmas[batch.places], errors.cpu())
     head = torch.tensor([float(loss.detach()), batch.layout.tokens], dtype=torch.float64)
     return torch.cat([head, sums.flatten()])

@@ -144,6 +144,9 @@ def test_resuming_on_the_same_ranks_is_bit_equal(launch: Launch) -> None:
     assert whole.status == again.status == 0, whole.printed + again.printed
     first, second = adapter(whole), adapter(again)
     assert all(torch.equal(first[n], second[n]) for n in first)  # a run repeats itself to the bit
+    without = launch("without", **(options | {"lora__dropout": 0.0}))
+    assert without.curve("loss")[1] == whole.curve("loss")[1]  # the adapter is still nothing
+    assert without.curve("loss")[4] != whole.curve("loss")[4]
     newest = again.output / "checkpoints" / "step-000004"
     for file in newest.iterdir():
         file.unlink()

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,6 +93,42 @@ def test_random_weights_have_the_configs_shapes_and_repeat(tiny_base: Path) -> N
     assert drawn.fingerprint() != real.fingerprint()
     assert torch.equal(drawn.token_rows([1, 2])[1], drawn.token_rows([2])[0])
     assert not torch.equal(drawn.token_rows([1]), drawn.token_rows([2]))
+
+
+def test_loading_never_holds_a_second_copy(tiny_base: Path, tmp_path: Path) -> None:
+    """The process's own memory grows by the float32 model and little more, sampled while it loads."""
+    config = json.loads((tiny_base / "config.json").read_text())
+    config["text_config"] |= {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 6}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    drawn = open_checkpoint(tmp_path, random_init=True)
+    stored = dict(drawn.read_all(drawn.entries, "cpu", torch.bfloat16))
+    save_file(stored, tmp_path / "model.safetensors")
+    del stored
+    script = f"""
+import threading, time, torch
+from hdl.o1.checkpoint import load_model, open_checkpoint
+
+def own_memory():
+    return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("RssAnon")) * 1024
+
+checkpoint, peak, done = open_checkpoint({str(tmp_path)!r}), 0, False
+before = own_memory()
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, own_memory())
+        time.sleep(0.001)
+watcher = threading.Thread(target=watch)
+watcher.start()
+model = load_model(checkpoint, "cpu", torch.float32)
+done = True
+watcher.join()
+print(max(peak, own_memory()) - before, sum(p.numel() * 4 for p in model.parameters()))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    grown, model_bytes = map(int, done.stdout.split())
+    assert model_bytes > 150e6
+    assert 0.9 * model_bytes < grown < 1.25 * model_bytes, (grown, model_bytes)
 
 
 @pytest.mark.parametrize(
