@@ -23,16 +23,16 @@ def main() -> None:
     )
     parser.add_argument("out", type=Path, help="the checkpoint's folder")
     parser.add_argument(
-        "--steps", type=int, default=40_000, help="train so many steps at most (default 40000)"
+        "--steps", type=int, default=60_000, help="train so many steps at most (default 60000)"
     )
-    parser.add_argument("--minutes", type=float, default=7.0, help="train so long at most (default 7)")
-    parser.add_argument("--batch", type=int, default=512, help="pictures a step (default 512)")
+    parser.add_argument("--minutes", type=float, default=6.7, help="train so long at most (default 6.7)")
+    parser.add_argument("--batch", type=int, default=256, help="pictures a step (default 256)")
     parser.add_argument(
         "--scenes", type=int, default=300_000, help="pictures drawn beforehand (default 300000)"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--draw", type=int, metavar="N", help="train nothing; draw N held-out prompts")
-    parser.add_argument("--guidance", type=float, default=5.0, help="guidance scale for --draw (default 5)")
+    parser.add_argument("--guidance", type=float, default=1.0, help="guidance scale for --draw (default 1)")
     args = parser.parse_args()
     if args.draw:
         prompts = draw_prompts(args.out, args.out / "prompts.png", args.draw, args.guidance, 50, args.device)
