@@ -86,7 +86,7 @@ class Checkpoint:
             with _opened(file) as tensors:
                 for name in stored:
                     mapped = tensors.get_tensor(self.entries[name].key)  # pages of the file, not a copy
-                    yield name, mapped.to(device, copy=True).to(dtype)
+                    yield name, mapped.to(device, dtype, copy=True)
 
     def token_rows(self, ids: list[int]) -> Tensor:
         """bfloat16 [len(ids), D]: rows of the token table, read without loading the table."""
