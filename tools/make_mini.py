@@ -14,7 +14,7 @@ import torch
 from hdl.errors import HdlError, command_line
 from hdl.mini.pretrain import Recipe, pretrain
 from hdl.mini.save import mini_config
-from hdl.mini.show import draw_prompts, plot_curve
+from hdl.mini.show import draw_held_out, plot_curve
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=1.0, help="guidance scale for --draw (default 1)")
     args = parser.parse_args()
     if args.draw:
-        prompts = draw_prompts(args.out, args.out / "prompts.png", args.draw, args.guidance, 50, args.device)
+        prompts = draw_held_out(args.out, args.out / "prompts.png", args.draw, args.guidance, 50, args.device)
         (args.out / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
         return
     if (args.out / "model.safetensors").exists():

@@ -4,13 +4,10 @@ import csv
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw
 
 from hdl.mini.shapes import CANVAS
 from hdl.mini.style import evaluation_prompts
-from hdl.o1.checkpoint import load_model, open_checkpoint
-from hdl.o1.prompt import UNCONDITIONAL_PROMPT, PromptEncoder
 
 COLUMNS = 8  # pictures a row
 GAP = 4  # pixels
@@ -27,26 +24,19 @@ INKS = (
 )
 
 
-def draw_prompts(
+def draw_held_out(
     folder: Path, out: Path, count: int, guidance_scale: float, steps: int, device: str
 ) -> list[str]:
     """Draws `count` held-out prompts with the checkpoint's own sampler into one PNG, row by row; returns the prompts."""
-    from hdl.sample.generate import (  # needs diffusers, which pretraining does not
-        Request,
-        SamplerSettings,
-        generate,
-    )
+    from hdl.sample.draw import draw_prompts  # needs diffusers and PEFT, which pretraining does not
+    from hdl.sample.generate import SamplerSettings
 
-    checkpoint = open_checkpoint(folder)
-    encoder = PromptEncoder(checkpoint)
-    model = load_model(checkpoint, device, torch.float32)
     prompts = evaluation_prompts(count)
-    texts = [encoder.embed(encoder.ids(prompt)) for prompt in prompts]
-    requests = [Request(text, CANVAS, CANVAS, seed) for seed, text in enumerate(texts)]
-    empty = encoder.embed(encoder.ids(UNCONDITIONAL_PROMPT))
-    settings = SamplerSettings("full", steps, guidance_scale, 3.0)
-    pictures = generate(model, requests, empty, settings, device)
-    sheet([picture.numpy() for picture in pictures]).save(out)
+    settings = SamplerSettings("full", steps, guidance_scale, shift=3.0)
+    drawings = draw_prompts(
+        folder, prompts, settings, seeds=range(count), height=CANVAS, width=CANVAS, together=count, device=device
+    )  # fmt: skip
+    sheet([np.asarray(drawing.image) for drawing in drawings]).save(out)
     return prompts
 
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from hdl.mini.pretrain import Recipe, pretrain, warm_then_cosine
 from hdl.mini.save import mini_config
-from hdl.mini.show import draw_prompts, plot_curve
+from hdl.mini.show import draw_held_out, plot_curve
 from hdl.o1.checkpoint import TOKEN_TABLE, expected_shapes, load_model, open_checkpoint
 from hdl.o1.config import parse_config
 from hdl.o1.prompt import PromptEncoder
@@ -60,7 +60,9 @@ def test_the_curve_becomes_a_picture(trained: Path, tmp_path: Path) -> None:
 
 
 def test_held_out_prompts_become_a_grid(trained: Path, tmp_path: Path) -> None:
-    prompts = draw_prompts(trained, tmp_path / "grid.png", count=2, guidance_scale=2.0, steps=3, device="cpu")
+    prompts = draw_held_out(
+        trained, tmp_path / "grid.png", count=2, guidance_scale=2.0, steps=3, device="cpu"
+    )
     assert len(prompts) == 2
     assert Image.open(tmp_path / "grid.png").size == (2 * 128 + 4, 128)
 
