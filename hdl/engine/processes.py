@@ -6,6 +6,7 @@ is told to use its CPU accelerator.
 
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,6 +76,9 @@ def process_group() -> Iterator[Processes]:
         yield Processes(dist.get_rank(), dist.get_world_size(), device)
     finally:
         dist.destroy_process_group()
+        # gloo's threads outlive the group and still let go of the last collective's tensors, for which they
+        # need the interpreter: one that has begun to shut down aborts instead. Sleeping hands it to them.
+        time.sleep(0.25)
 
 
 def _use_deepspeed_on_cpu() -> None:
