@@ -41,7 +41,10 @@ class Prepared:
 
 
 def prepare(run: Run, processes: Processes) -> Prepared:
-    """Check everything that can be wrong, cheapest first; the run's folder is claimed last."""
+    """Check everything that can be wrong, cheapest first; the run's folder is claimed last.
+
+    Ranks may fail alone here: the caller tells the others.
+    """
     shares(run.train, processes.world)
     read_strategy(run.train.deepspeed)
     check_optimizer(run.train, processes.device)
@@ -51,16 +54,11 @@ def prepare(run: Run, processes: Processes) -> Prepared:
     validation = Validation(run, checkpoint, processes)
     trained_on = {"base": fingerprint, "data": shards.dataset_hash}
     folder = RunFolder(run.save.output)
-    problem = None
     if processes.is_main:
-        try:
-            folder.check(run)
-            if run.resume:
-                _check_same_run(read_state(folder.to_resume()), trained_on, folder)
-            folder.claim(run)
-        except HdlError as error:
-            problem = error
-    processes.all_or_none(problem)
+        folder.check(run)
+        if run.resume:
+            _check_same_run(read_state(folder.to_resume()), trained_on, folder)
+        folder.claim(run)
     return Prepared(folder, checkpoint, shards, validation, trained_on)
 
 
@@ -89,7 +87,7 @@ def train(run: Run, processes: Processes) -> None:
     done = 0
     if run.resume:
         newest = prepared.folder.to_resume()
-        done = int(read_state(newest)["step"])
+        done = read_state(newest)["step"]
         load_adapter(adapted, newest)
     engine = shard(adapted, run.train, dtype, processes)
     if run.resume:
@@ -149,6 +147,7 @@ class Loop:
             train.batch_size, train.seed, step,
             distribution=flow.sigma, mean=flow.logit_mean, std=flow.logit_std, shift=flow.shift,
         )  # fmt: skip
+        lr = self.engine.get_lr()[0]  # of this step
         batches = self.batches.of_step(step)
         measured = torch.zeros(2 + 2 * BANDS, dtype=torch.float64)  # see _measured
         with seeded(derive_seed(train.seed, "dropout", step, self.processes.rank)):
@@ -164,7 +163,6 @@ class Loop:
                     measured = self.processes.sum(measured)
                     if not math.isfinite(float(measured[0])):
                         self._stop_at_nan(batches, sigmas)
-                lr = self.engine.get_lr()[0]  # of this step
                 self.engine.step()
         grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
         if not math.isfinite(grad_norm):
