@@ -25,6 +25,9 @@ from hdl.o1.patches import PATCH
 DECODER_LINEARS = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 
 
+Keep = Literal["everything", "products", "attention", "input"]
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True)
 
@@ -40,8 +43,13 @@ class Model(Section):
     """Which published variant the base is; sets noise scale, clipping and sampler."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the frozen weights and the arithmetic; auto: bfloat16 on a GPU, float32 on a CPU."""
-    gradient_checkpointing: bool = False
-    """Recompute every decoder layer in backward: less memory, about a third more time."""
+    kernels: Literal["auto", "fused", "plain"] = "auto"
+    """Path of the decoder: fused kernels, or PEFT's own modules; auto: fused where a GPU allows it."""
+    weights: Literal["full", "fp8"] = "full"
+    """Format of the decoder's frozen weights: `dtype`, or e4m3 with fp8 arithmetic (Ada and newer)."""
+    keep: Keep | list[Keep] = "everything"
+    """What backward finds ready, for all layers or one word a layer; the rest is recomputed. products:
+    outputs of large products and of attention; attention: of attention; input: each layer's input."""
 
 
 class Data(Section):

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu" if not torch.cuda.is_available() else "cuda")
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel's module is imported
 
 GOLDEN = Path(__file__).parent / "golden"
 

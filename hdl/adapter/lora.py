@@ -47,8 +47,8 @@ def attach(model: O1, lora: Lora, base: str, seed: int) -> PeftModel:
 
 
 def adapter_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
-    """The trainable parameters by module name."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+    """PEFT's parameters by module name."""
+    return {name: p for name, p in model.named_parameters() if ".lora_" in name}
 
 
 def save_adapter(model: PeftModel, weights: dict[str, Tensor], folder: Path) -> None:

@@ -23,7 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hdl.adapter.lora import adapter_parameters, read_adapter, save_adapter
+from hdl.adapter.flat import by_name, in_flat, trained_parameters
+from hdl.adapter.lora import read_adapter, save_adapter
 from hdl.engine.moments import read_moments, write_moments
 from hdl.engine.processes import Processes
 from hdl.errors import HdlError
@@ -50,8 +51,9 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 def adapter_weights(engine: DeepSpeedEngine) -> dict[str, Tensor]:
     """The adapter's full master weights, float32 on the CPU; every rank must call this."""
-    parameters = adapter_parameters(engine.module)
-    return {name: safe_get_full_fp32_param(p).float().cpu() for name, p in parameters.items()}
+    parameters = trained_parameters(engine.module)
+    weights = {name: safe_get_full_fp32_param(p).float().cpu() for name, p in parameters.items()}
+    return by_name(engine.module, weights)
 
 
 def save_checkpoint(
@@ -62,7 +64,7 @@ def save_checkpoint(
     HdlError on every rank when it cannot be written; earlier checkpoints are not touched.
     """
     weights = adapter_weights(engine)
-    moments = read_moments(engine, adapter_parameters(engine.module))
+    moments = read_moments(engine)
     final = folder / f"step-{step:06d}"
     problem = None
     if processes.is_main:
@@ -86,13 +88,11 @@ def restore(engine: DeepSpeedEngine, checkpoint: Path, step: int) -> None:
 
     The module holds the adapter in the training dtype; masters and moments are restored in float32.
     """
-    parameters = adapter_parameters(engine.module)
-    weights = read_adapter(engine.module, checkpoint)
-    for name, parameter in parameters.items():
+    weights = in_flat(engine.module, read_adapter(engine.module, checkpoint))
+    for name, parameter in trained_parameters(engine.module).items():
         safe_set_full_fp32_param(parameter, weights[name].float().to(engine.device))
     try:
-        moments = load_file(checkpoint / OPTIMIZER_FILE)
-        write_moments(engine, parameters, moments, step)
+        write_moments(engine, load_file(checkpoint / OPTIMIZER_FILE), step)
     except (OSError, SafetensorError, KeyError) as error:
         raise _incomplete(checkpoint, error) from None
     engine.global_steps = step

@@ -13,6 +13,7 @@ from hdl.config import Run
 from hdl.data.batches import Batch, Batches
 from hdl.data.shards import Shards
 from hdl.engine.checkpoints import adapter_weights, read_state, restore, save_checkpoint
+from hdl.engine.fast_path import FastPath
 from hdl.engine.processes import Processes
 from hdl.engine.run_folder import RunFolder
 from hdl.engine.sharding import check_optimizer, read_strategy, shard, shares
@@ -21,7 +22,6 @@ from hdl.errors import HdlError
 from hdl.flow.noise import VARIANTS
 from hdl.flow.sigma import draw_sigmas
 from hdl.flow.step import flow_matching_loss
-from hdl.memory.recompute import recompute_every_layer
 from hdl.o1.checkpoint import Checkpoint, load_model, open_checkpoint
 from hdl.report.curves import BANDS, Reporter, StepReport, band_sums
 from hdl.seeds import derive_seed, seeded
@@ -81,30 +81,33 @@ def train(run: Run, processes: Processes) -> None:
 
     dtype = _dtype(run, processes)
     model = load_model(prepared.checkpoint, processes.device, dtype)
-    if run.model.gradient_checkpointing:
-        recompute_every_layer(model)
     adapted = attach(model, run.lora, str(run.model.base), run.train.seed)
     done = 0
     if run.resume:
         newest = prepared.folder.to_resume()
         done = read_state(newest)["step"]
         load_adapter(adapted, newest)
+    path = FastPath(run, adapted, processes)
+    path.prepare()
     engine = shard(adapted, run.train, dtype, processes)
+    path.apply()
     if run.resume:
         restore(engine, newest, done)
     if processes.is_main:
         _announce(run, prepared, processes, dtype, done)
-    Loop(run, prepared, processes, engine, done).go()
+    Loop(run, prepared, processes, engine, done, dtype=dtype, fused=path.fused).go()
 
 
 class Loop:
     """The steps themselves, with what happens between them."""
 
     def __init__(
-        self, run: Run, prepared: Prepared, processes: Processes, engine: DeepSpeedEngine, done: int
-    ) -> None:
+        self, run: Run, prepared: Prepared, processes: Processes, engine: DeepSpeedEngine, done: int,
+        *, dtype: torch.dtype, fused: bool,
+    ) -> None:  # fmt: skip
         self.run, self.prepared, self.processes, self.engine = run, prepared, processes, engine
         self.done = done  # optimizer steps taken so far
+        self.dtype, self.fused = dtype, fused
         self.variant = VARIANTS[run.model.variant]
         self.micro, self.accumulation = shares(run.train, processes.world)
         self.batches = Batches(
@@ -154,7 +157,7 @@ class Loop:
             for i, batch in enumerate(batches):
                 loss, errors = flow_matching_loss(
                     self.engine, batch.to(self.processes.device), sigmas, step,
-                    variant=self.variant, flow=flow, seed=train.seed,
+                    variant=self.variant, flow=flow, seed=train.seed, fused=self.fused, dtype=self.dtype,
                 )  # fmt: skip
                 # DeepSpeed averages gradients over ranks and micro-batches; `loss` is a part of a sum.
                 self.engine.backward(loss * (self.processes.world * self.accumulation))

@@ -14,35 +14,44 @@ import torch
 from deepspeed import DeepSpeedEngine
 from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state
 from deepspeed.utils.mixed_precision_linkage import lazy_init_hp_params_optimizer_state
-from torch import Tensor, nn
+from torch import Tensor
+
+from hdl.adapter.flat import by_name, in_flat, trained_parameters
+from hdl.adapter.lora import adapter_parameters
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 BLOCK = 256  # bitsandbytes' 8-bit optimizers scale blocks of this many numbers
 
 
-def read_moments(engine: DeepSpeedEngine, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """`NAME.exp_avg` and `NAME.exp_avg_sq`, float32 on the CPU; every rank must call this."""
+def read_moments(engine: DeepSpeedEngine) -> dict[str, Tensor]:
+    """`NAME.exp_avg` and `NAME.exp_avg_sq` of every adapter parameter, float32 on the CPU.
+
+    Every rank must call this.
+    """
+    moments: dict[str, Tensor] = {}
     if not all(_states(engine)):  # before the first step
         _create_state(engine)
         _set_steps(engine, 0)
     with _under_adams_names(engine):
-        return {
-            f"{name}.{moment}": safe_get_full_optimizer_state(parameter, moment).float().cpu()
-            for name, parameter in parameters.items()
-            for moment in MOMENTS
-        }
+        for moment in MOMENTS:
+            trained = {
+                name: safe_get_full_optimizer_state(parameter, moment).float().cpu()
+                for name, parameter in trained_parameters(engine.module).items()
+            }
+            for name, value in by_name(engine.module, trained).items():
+                moments[f"{name}.{moment}"] = value.contiguous()
+    return moments
 
 
-def write_moments(
-    engine: DeepSpeedEngine, parameters: dict[str, nn.Parameter], moments: dict[str, Tensor], steps: int
-) -> None:
-    """Put full moments, taken after `steps` steps, into a fresh engine."""
+def write_moments(engine: DeepSpeedEngine, moments: dict[str, Tensor], steps: int) -> None:
+    """Put full moments, taken after `steps` steps, into a fresh engine. KeyError when one is missing."""
     _create_state(engine)
     with _under_adams_names(engine):
-        for name, parameter in parameters.items():
-            for moment in MOMENTS:
-                value = moments[f"{name}.{moment}"].to(engine.device)
-                safe_set_full_optimizer_state(parameter, value, moment)
+        for moment in MOMENTS:
+            named = {name: moments[f"{name}.{moment}"] for name in adapter_parameters(engine.module)}
+            values = in_flat(engine.module, named)
+            for name, parameter in trained_parameters(engine.module).items():
+                safe_set_full_optimizer_state(parameter, values[name].to(engine.device), moment)
     _set_steps(engine, steps)
 
 

@@ -7,12 +7,28 @@ velocity is (x_pred - z) / sigma, which makes the velocity loss the same error w
 import torch
 from torch import Tensor
 
+from hdl.kernels.head_loss import head_errors
+from hdl.o1.decoder import Head
+from hdl.o1.patches import to_model
+
 MIN_SIGMA = 1e-3  # the model's own floor where it divides by sigma
 
 
 def patch_errors(x_pred: Tensor, x0: Tensor) -> Tensor:
     """float32 [P]: mean squared error of each patch, of x_pred and x0 [P, 3072]."""
     return (x_pred.float() - x0.float()).square().mean(dim=-1)
+
+
+def x0_errors(hidden: Tensor, head: Head, pixels: Tensor) -> Tensor:
+    """float32 [P]: `patch_errors` of what the head reads off hidden [P, D], against pixels, uint8 [P, 3072],
+    without keeping the prediction. ValueError when the head requires a gradient.
+
+    Under ZeRO-3, which marks its parameters with a `ds_id`, a weight is sure to be there only inside its
+    module's own call (before, it may be empty, or still arriving): the prediction is made then, and kept.
+    """
+    if hasattr(head.linear.weight, "ds_id"):
+        return patch_errors(head(hidden), to_model(pixels))
+    return head_errors(hidden, head.linear.weight, head.linear.bias, pixels)
 
 
 def loss_weights(sigma: Tensor, weighting: str) -> Tensor:

@@ -1,16 +1,15 @@
 """Noise and noising, as the model was trained: z = (1 - sigma) x0 + sigma s eps.
 
-The two published variants differ in the noise scale s, and dev's noise is clipped.
+The two published variants differ in the noise scale s, and dev's noise is clipped. A training step does
+all of this in one pass from the stored pixels, in hdl.kernels.noising.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from hdl.o1.patches import PATCH_DIM
-from hdl.seeds import generator_for
+from hdl.seeds import derive_seed
 
 
 @dataclass(frozen=True)
@@ -32,17 +31,10 @@ def clip_noise(eps: Tensor, clip: float | None) -> Tensor:
     return eps.clamp(-bound, bound)
 
 
-def draw_noise(
-    patch_counts: Sequence[int], places: Sequence[int], seed: int, step: int, device: torch.device | str
-) -> Tensor:
-    """float32 [sum(patch_counts), 3072], standard normal; each sample's noise depends on the run's seed,
-    the step and its place in the global batch only, not on which rank or pack it is in."""
-    eps = torch.empty(sum(patch_counts), PATCH_DIM, device=device)
-    start = 0
-    for count, place in zip(patch_counts, places):
-        eps[start : start + count].normal_(generator=generator_for(seed, "noise", step, place, device=device))
-        start += count
-    return eps
+def noise_keys(places: Sequence[int], seed: int, step: int) -> list[int]:
+    """What each sample's noise is drawn from: it depends on the run's seed, the step and the sample's place
+    in the global batch only, not on which rank or pack it is in."""
+    return [derive_seed(seed, "noise", step, place) for place in places]
 
 
 def add_noise(x0: Tensor, eps: Tensor, sigma: Tensor, noise_scale: float) -> Tensor:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from hdl.config import Flow
 from hdl.data.batches import Batch
-from hdl.flow.loss import loss_weights, patch_errors
-from hdl.flow.noise import Variant, add_noise, clip_noise, draw_noise
+from hdl.flow.loss import loss_weights, patch_errors, x0_errors
+from hdl.flow.noise import Variant, noise_keys
+from hdl.kernels.noising import noise_patches
 from hdl.o1.patches import to_model
 
 
@@ -24,22 +25,31 @@ def flow_matching_loss(
     variant: Variant,
     flow: Flow,
     seed: int,
+    fused: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """The micro-batch's part of the step's loss, and each sample's own error.
 
     sigmas: float32 [global batch], this step's noise levels. The step's loss is the mean over all patches
     of the global batch of the weighted patch error; what is returned sums to it over micro-batches and
     ranks. The second value, float32 [B] and detached, is each sample's mean unweighted x0 error.
+
+    dtype: what the noisy patches are written in, the model's own. fused: the model takes its errors where
+    its head is (hdl/kernels/head_loss.py), and returns these instead of x_pred.
     """
     device = batch.patches.device
     counts = batch.patch_counts
     sigma_of_sample = sigmas[batch.places].to(device)
     sigma = sigma_of_sample.repeat_interleave(torch.tensor(counts, device=device), output_size=sum(counts))
-    x0 = to_model(batch.patches)
-    eps = draw_noise(counts, batch.places, seed, step, device)
-    eps = torch.cat([clip_noise(e, variant.clip) for e in eps.split(counts)])
-    z = add_noise(x0, eps, sigma, variant.noise_scale)
-    errors = patch_errors(model(batch.text, z, 1.0 - sigma_of_sample, batch.layout), x0)
+    z = noise_patches(
+        batch.patches, sigma_of_sample, counts, noise_keys(batch.places, seed, step),
+        noise_scale=variant.noise_scale, clip=variant.clip, dtype=dtype,
+    )  # fmt: skip
+    inputs = (batch.text, z, 1.0 - sigma_of_sample, batch.layout)
+    if fused:
+        errors = model(*inputs, measure=lambda hidden, head: x0_errors(hidden, head, batch.patches))
+    else:
+        errors = patch_errors(model(*inputs), to_model(batch.patches))
     loss = (errors * loss_weights(sigma, flow.weighting)).sum() / batch.global_patches
     return loss, _mean_of_each(errors.detach(), counts)
 

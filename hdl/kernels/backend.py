@@ -1,10 +1,22 @@
-"""Where the fused kernels run: on a GPU, or anywhere in Triton's interpreter, which the tests use."""
+"""Where the fused kernels run, and how a profile knows them."""
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 
+import torch
 from torch import Tensor
 
 
 def runs_triton(tensor: Tensor) -> bool:
-    """Whether operations on this tensor take their Triton kernel instead of the plain formula."""
+    """Whether operations on this tensor take their Triton kernel instead of the plain formula.
+
+    They do on a GPU, and anywhere in Triton's interpreter, which the tests use.
+    """
     return tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def named(family: str) -> AbstractContextManager[object]:
+    """What runs inside counts as `family` in a profile (hdl.bench.profile); free while none is taken."""
+    if torch.autograd.profiler._is_profiler_enabled:
+        return torch.profiler.record_function(f"hdl::{family}")
+    return nullcontext()

@@ -8,6 +8,7 @@ tensors are found from the headers, before anything is read.
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -114,7 +115,9 @@ class Checkpoint:
 class RandomCheckpoint(Checkpoint):
     """Weights that do not exist: drawn from a seed, of the shapes of a folder's config.json.
 
-    Good for measuring speed and memory at a real model's size, never for pictures.
+    Good for measuring speed and memory at a real model's size, never for pictures. Drawn as GPT-2 was
+    before training, normal with 0.02, and 0.02/sqrt(2 layers) where a branch ends in the residual stream:
+    without that, so deep a stack of random layers is chaotic and amplifies every rounding.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -125,15 +128,13 @@ class RandomCheckpoint(Checkpoint):
         self, names: Iterable[str], device: torch.device | str, dtype: torch.dtype
     ) -> Iterator[tuple[str, Tensor]]:
         for name in names:
-            shape = self.entries[name].shape
+            weight = torch.empty(self.entries[name].shape, device=device, dtype=dtype)
             if name.endswith("norm.weight"):
-                yield name, torch.ones(shape, device=device, dtype=dtype)
+                yield name, weight.fill_(1.0)
             else:
-                generator = generator_for(name, device=device)
-                yield (
-                    name,
-                    torch.empty(shape, device=device, dtype=dtype).normal_(0, 0.02, generator=generator),
-                )
+                ends_branch = name.endswith(("o_proj.weight", "down_proj.weight"))
+                std = 0.02 / math.sqrt(2 * self.config.num_hidden_layers) if ends_branch else 0.02
+                yield name, weight.normal_(0, std, generator=generator_for(name, device=device))
 
     def token_rows(self, ids: list[int]) -> Tensor:
         dim = self.config.hidden_size

@@ -12,6 +12,7 @@ Shapes: S tokens in the packed run, T of them text, P patches, B samples, D = hi
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -188,14 +189,23 @@ class O1(nn.Module):
         self.config = config
         self.model = O1Model(config)
 
-    def forward(self, text: Tensor, z: Tensor, t: Tensor, layout: Layout) -> Tensor:
+    def forward(
+        self,
+        text: Tensor,
+        z: Tensor,
+        t: Tensor,
+        layout: Layout,
+        measure: Callable[[Tensor, Head], Tensor] | None = None,
+    ) -> Tensor:
         """Predict the clean patches of a packed run.
 
         text [T, D]: rows of the token table for every text token, sample by sample, in the model's dtype
         (what stands at <|tms_token|> is not read); z [P, 3072]: noisy patches; t [B]: 1 - sigma of each
-        sample. Returns x_pred [P, 3072] in the model's dtype.
+        sample. Returns x_pred [P, 3072] in the model's dtype. Given `measure`, returns what it makes of the
+        patches' hidden states [P, D] and the head in x_pred's place, which a loss then need not keep.
         """
         m = self.model
         time = m.t_embedder1(t)
         x = torch.cat([text.to(time.dtype), time, m.x_embedder(z.to(time.dtype))])[layout.order]
-        return m.final_layer2(m.language_model(x, layout)[layout.patch_index])
+        hidden = m.language_model(x, layout)[layout.patch_index]
+        return m.final_layer2(hidden) if measure is None else measure(hidden, m.final_layer2)

@@ -84,7 +84,7 @@ def launch(shards: Path, tiny_base: Path, tmp_path: Path) -> Launch:
         done = subprocess.run(
             [*starter, "train.py", str(config), *flags],
             cwd=REPOSITORY,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+            env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TRITON_INTERPRET": "0"},
             capture_output=True,
             text=True,
             timeout=600,

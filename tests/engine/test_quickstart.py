@@ -14,7 +14,7 @@ def run(*command: str) -> str:
     done = subprocess.run(
         [sys.executable, *command],
         cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TRITON_INTERPRET": "0"},
         capture_output=True,
         text=True,
         timeout=300,

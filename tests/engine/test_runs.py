@@ -85,7 +85,7 @@ def test_a_run_leaves_everything_it_promises(launch: Launch, alone: list[Finishe
         (2, "zero2", {}),
         (2, "zero3", {}),
         (1, "zero3", {"train__micro_batch_size": 2}),
-        (2, "zero2", {"train__micro_batch_size": 1, "model__gradient_checkpointing": 1}),
+        (2, "zero2", {"train__micro_batch_size": 1, "model__keep": "input"}),
     ],
 )
 def test_losses_do_not_depend_on_how_a_step_is_spread(

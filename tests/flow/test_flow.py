@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,13 +8,23 @@ from torch import Tensor
 from hdl.config import Flow
 from hdl.data.batches import pack
 from hdl.data.shards import Sample
-from hdl.flow.loss import loss_weights, patch_errors, velocity
-from hdl.flow.noise import VARIANTS, add_noise, clip_noise, draw_noise
+from hdl.flow.loss import loss_weights, patch_errors, velocity, x0_errors
+from hdl.flow.noise import VARIANTS, add_noise, clip_noise, noise_keys
 from hdl.flow.sigma import draw_sigmas, shift_sigma
 from hdl.flow.step import flow_matching_loss
+from hdl.kernels.noising import draw_noise
+from hdl.o1.config import O1Config
+from hdl.o1.decoder import O1, Head
 from hdl.o1.patches import to_model
 
 PLAIN = {"distribution": "uniform", "mean": 0.0, "std": 1.0, "shift": 1.0}
+
+
+@pytest.fixture(autouse=True)
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU the plain formulas, which are fast; one test shows that the kernels fit in their place."""
+    if "interpreted" not in request.keywords:
+        monkeypatch.setenv("TRITON_INTERPRET", "0")
 
 
 def sigmas(count: int, step: int = 0, **settings: object) -> Tensor:
@@ -46,13 +57,13 @@ def test_sigma_is_never_zero_or_one() -> None:
 
 
 def test_noise_belongs_to_a_place_not_to_a_pack() -> None:
-    together = draw_noise([4, 2, 3], [0, 1, 2], seed=5, step=9, device="cpu")
-    apart = torch.cat(
-        [draw_noise([n], [p], seed=5, step=9, device="cpu") for n, p in [(4, 0), (2, 1), (3, 2)]]
-    )
-    assert torch.equal(together, apart)
-    assert not torch.equal(together, draw_noise([4, 2, 3], [0, 1, 2], seed=5, step=10, device="cpu"))
+    keys = noise_keys([0, 1, 2], seed=5, step=9)
+    together = draw_noise([4, 2, 3], keys)
+    apart = [draw_noise([n], noise_keys([p], seed=5, step=9)) for n, p in [(4, 0), (2, 1), (3, 2)]]
+    assert torch.equal(together, torch.cat(apart))
     assert not torch.equal(together[:2], together[4:6])
+    others = [noise_keys([0], 5, 10)[0], noise_keys([0], 6, 9)[0], noise_keys([0, 9, 90], 5, 0)[2]]
+    assert len({*keys, *others}) == 6
 
 
 def test_dev_clips_noise_at_its_own_deviation() -> None:
@@ -112,9 +123,77 @@ def test_parts_of_a_step_add_up_to_the_mean_over_its_patches() -> None:
     assert torch.allclose(torch.cat([e for _, e in parts]), errors, rtol=1e-6)
 
     batch = batch_of(grids, [0, 1, 2, 3], patches)
-    eps = draw_noise(batch.patch_counts, batch.places, 1, 3, "cpu")
+    eps = draw_noise(batch.patch_counts, noise_keys(batch.places, seed=1, step=3))
     sigma = levels.repeat_interleave(torch.tensor(batch.patch_counts))
     x0 = to_model(batch.patches)
     by_hand = (0.5 * ((1 - sigma)[:, None] * x0 + 8 * sigma[:, None] * eps) - x0).square().mean()
     assert float(whole) == pytest.approx(float(by_hand), rel=1e-6)
     assert math.isfinite(float(whole))
+
+
+TINY = O1Config(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+    head_dim=16, vocab_size=32, rms_norm_eps=1e-6, rope_theta=5e6, mrope_section=(4, 2, 2),
+)  # fmt: skip
+
+
+def tiny_model() -> O1:
+    torch.manual_seed(0)
+    return O1(TINY).requires_grad_(False)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("variant", ["full", "dev"])
+@pytest.mark.parametrize("weighting", ["x0", "velocity"])
+def test_a_loss_taken_at_the_head_is_the_loss(variant: str, weighting: str) -> None:
+    model, batch = tiny_model(), batch_of([(1, 2), (1, 1)], [0, 1], 3)
+    trained = model.model.language_model.layers[0].mlp.up_proj.weight.requires_grad_()
+    batch = replace(batch, text=torch.randn(8, 32))
+    losses, samples, gradients = [], [], []
+    for fused in (False, True):
+        loss, errors = flow_matching_loss(
+            model, batch, torch.tensor([0.3, 0.8]), 3,
+            variant=VARIANTS[variant], flow=Flow(weighting=weighting), seed=1, fused=fused,
+        )  # fmt: skip
+        losses.append(loss.detach())
+        samples.append(errors)
+        gradients.append(torch.autograd.grad(loss, trained)[0])
+    assert float(losses[1]) == pytest.approx(float(losses[0]), rel=1e-5)
+    assert torch.allclose(samples[1], samples[0], rtol=1e-5)
+    assert (gradients[1] - gradients[0]).norm() < 1e-5 * gradients[0].norm()
+
+
+def test_the_model_is_noised_in_its_own_dtype() -> None:
+    seen = []
+
+    def half(text: Tensor, z: Tensor, t: Tensor, layout: object) -> Tensor:
+        seen.append(z)
+        return 0.5 * z
+
+    batch = batch_of([(1, 1)], [0], 1)
+    for settings in ({}, {"dtype": torch.bfloat16}):
+        flow_matching_loss(
+            half, batch, torch.tensor([0.5]), 3, variant=VARIANTS["full"], flow=Flow(), seed=1, **settings
+        )  # type: ignore[arg-type]
+    assert seen[0].dtype == torch.float32
+    assert torch.equal(seen[1], seen[0].bfloat16())
+
+
+def test_a_weight_that_is_elsewhere_is_fetched_by_its_module() -> None:
+    """ZeRO-3 leaves an empty weight behind, and fills it in for the time of the module's own call."""
+    head = Head(TINY).requires_grad_(False)
+    hidden, pixels = torch.randn(2, 32), torch.randint(0, 256, (2, 3072), dtype=torch.uint8)
+    expected = x0_errors(hidden, head, pixels)
+    assert torch.allclose(expected, patch_errors(head(hidden), to_model(pixels)), rtol=1e-5)
+
+    weight, whole = head.linear.weight, head.linear.weight.data
+    weight.ds_id = 1  # type: ignore[attr-defined]
+
+    def put(value: Tensor) -> None:
+        weight.data = value
+
+    head.linear.register_forward_pre_hook(lambda *_: put(whole))
+    head.linear.register_forward_hook(lambda *_: put(torch.empty(0)))
+    for before in (torch.empty(0), torch.zeros_like(whole)):  # not asked for yet; on its way
+        put(before)
+        assert torch.allclose(x0_errors(hidden, head, pixels), expected, rtol=1e-5)

@@ -1,0 +1,167 @@
+"""An arm: one way to take a training step, from uint8 pixels in host memory to an updated adapter.
+
+All arms draw the same frozen weights from the same seed, take the same samples, and measure the same
+loss. hdl's own arms step as `hdl.engine.loop` does: through DeepSpeed by default, looking at the loss
+before they step and at the gradient's norm after. The stock arm's engine is PyTorch's: fused AdamW and
+clip_grad_norm_, the loss read when the step is done.
+"""
+
+import gc
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from torch.profiler import record_function
+
+from hdl.bench.ceilings import has_fp8
+from hdl.bench.ours import OURS, loss_options, our_model, speed_up
+from hdl.bench.stock import stock_loss, stock_model
+from hdl.config import Flow, Lora, Train
+from hdl.data.batches import Batch
+from hdl.engine.processes import Processes
+from hdl.errors import HdlError
+from hdl.flow.noise import VARIANTS
+from hdl.flow.sigma import draw_sigmas
+from hdl.flow.step import flow_matching_loss
+from hdl.o1.checkpoint import Checkpoint
+from hdl.seeds import derive_seed, seeded
+
+STOCK = "stock"
+ARMS = (STOCK, *OURS)
+SEED = 0
+EngineName = Literal["deepspeed", "torch"]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all arms have in common. config_file: the model's config.json; strategy: a ds_configs/ file."""
+
+    checkpoint: Checkpoint
+    config_file: Path
+    lora: Lora
+    dtype: torch.dtype
+    processes: Processes
+    engine: EngineName
+    strategy: Path
+
+    @property
+    def device(self) -> torch.device:
+        return self.processes.device
+
+
+class Arm:
+    """precision: of its big GEMMs, hence which ceiling it is held against. packs_sizes: whether images of
+    several sizes go through together."""
+
+    def __init__(self, name: str, setup: Setup) -> None:
+        self.name = name
+        self.precision = "fp8" if name == "fp8" and has_fp8(setup.device) else _short(setup.dtype)
+        self.packs_sizes = name != STOCK
+        self.device = setup.device
+        self.engine = _engine(name, setup)
+        self.engine.train()
+        self.options = {} if name == STOCK else loss_options(name, setup.dtype)
+
+    def step(self, number: int, batches: Sequence[Batch]) -> float:
+        """Train on a step's batches, which lie in host memory; returns the loss."""
+        images = sum(len(batch.places) for batch in batches)
+        flow = Flow()
+        sigmas = draw_sigmas(
+            images, SEED, number,
+            distribution=flow.sigma, mean=flow.logit_mean, std=flow.logit_std, shift=flow.shift,
+        )  # fmt: skip
+        if self.name == STOCK:
+            return self._stock_step(batches, sigmas)
+        [batch] = batches
+        with seeded(derive_seed(SEED, "dropout", number)):
+            loss, errors = flow_matching_loss(
+                self.engine, batch.to(self.device), sigmas, number,
+                variant=VARIANTS["full"], flow=flow, seed=SEED, **self.options,
+            )  # fmt: skip
+            self.engine.backward(loss)
+            errors.cpu()  # the curves' share of a step
+            loss_now = float(loss.detach())
+            if not math.isfinite(loss_now):
+                raise HdlError(
+                    f"arm {self.name}: the loss of step {number} is {loss_now}: it computes nonsense"
+                )
+            with record_function("hdl::optimizer"):
+                self.engine.step()
+        float(self.engine.get_global_grad_norm() or 0.0)
+        return loss_now
+
+    def _stock_step(self, batches: Sequence[Batch], sigmas: Tensor) -> float:
+        losses = []
+        for batch in batches:
+            batch = batch.to(self.device)
+            eps = torch.randn(batch.patches.shape, device=self.device)
+            loss = stock_loss(self.engine, batch, sigmas[batch.places].to(self.device), eps)
+            self.engine.backward(loss)
+            losses.append(loss.detach())
+        self.engine.step()
+        return float(torch.stack(losses).sum())
+
+    def close(self) -> None:
+        """Let go of everything on the device; the arm is of no use any more."""
+        if hasattr(self.engine, "destroy"):
+            self.engine.destroy()
+        del self.engine
+        gc.collect()
+
+
+class TorchEngine:
+    """DeepSpeed's few methods over plain PyTorch; adapter and optimizer state in `dtype`."""
+
+    def __init__(self, model: PeftModel, train: Train, dtype: torch.dtype) -> None:
+        self.model = model
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        for parameter in self.parameters:
+            parameter.data = parameter.data.to(dtype)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=train.lr, betas=train.betas, weight_decay=train.weight_decay, fused=True
+        )
+        self.clip = train.grad_clip
+        self.norm: Tensor | None = None
+
+    def __call__(self, *inputs: Any, **options: Any) -> Tensor:
+        return self.model(*inputs, **options)
+
+    def train(self) -> None:
+        self.model.train()
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self) -> None:
+        self.norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def get_global_grad_norm(self) -> float | None:
+        return None if self.norm is None else float(self.norm)
+
+
+def _engine(name: str, setup: Setup) -> Any:
+    train = Train(batch_size=1, warmup_steps=0, deepspeed=setup.strategy)
+    place = (setup.lora, SEED, setup.device, setup.dtype)
+    if name == STOCK:
+        return TorchEngine(stock_model(setup.checkpoint, setup.config_file, *place), train, setup.dtype)
+    model = our_model(name, setup.checkpoint, *place)
+    engine: Any
+    if setup.engine == "torch":
+        engine = TorchEngine(model, train, setup.dtype)
+    else:
+        from hdl.engine.sharding import shard  # imports DeepSpeed, which takes seconds
+
+        engine = shard(model, train, setup.dtype, setup.processes)
+    speed_up(name, model, fp8=has_fp8(setup.device))
+    return engine
+
+
+def _short(dtype: torch.dtype) -> str:
+    return {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]

@@ -1,0 +1,124 @@
+"""What was measured, as Markdown that reads well in a terminal, and as plain data for JSON."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from hdl.bench.arms import STOCK
+from hdl.bench.profile import FAMILIES, Profile
+from hdl.bench.run import CaseResult
+from hdl.bench.timing import Measured
+
+GIB = 2**30
+HEAD = (
+    "arm", "ms", "min", "max", "x stock", "tokens/s", "TFLOP/s", "of ceiling", "alloc. GiB", "reserved GiB",
+)  # fmt: skip
+MIXED, FULL_RATE = "mixed", "1024x4"  # a mixed stream's tokens/s are compared with four equal images'
+NOTES = """\
+ms: median, fastest and slowest step, everything included. TFLOP/s: useful work only, attention included; its ceiling
+is that of GEMMs alone in the precision in which the arm multiplies with its frozen weights. GiB: peaks of the arm's
+own steps, less what the other arms hold."""
+STOCK_MIXED = "stock takes images of several sizes one by one and adds up their gradients"
+IN_TURN = "the arms did not fit into memory together: measured one after another, not in turn"
+
+
+def as_markdown(results: Sequence[CaseResult]) -> str:
+    """All cases, one table each, then the profiles."""
+    return "\n\n".join([*(_case(result, results) for result in results), NOTES])
+
+
+def as_data(results: Sequence[CaseResult]) -> dict[str, Any]:
+    """By case: sizes, ceilings in TFLOP/s, and by arm every step's time and all derived figures."""
+    return {
+        result.case.name: {
+            "describe": result.case.describe(),
+            "tokens_a_step": result.tokens,
+            "useful_flops_a_step": result.flops,
+            "ceilings_tflops": result.ceilings,
+            "alternating": result.alternating,
+            "arms": {name: asdict(m) | _derived(m, result) for name, m in result.arms.items()},
+            "profiles": {name: asdict(found) for name, found in result.profiles.items()},
+        }
+        for result in results
+    }
+
+
+def _derived(measured: Measured, result: CaseResult) -> dict[str, float | None]:
+    return {
+        "step_seconds": measured.step_time,
+        "times_stock": _ratio(measured, result),
+        "tokens_per_second": measured.tokens_per_second,
+        "useful_tflops": measured.tflops,
+        "share_of_gemm_ceiling": measured.tflops / result.ceilings[measured.precision],
+    }
+
+
+def _ratio(measured: Measured, result: CaseResult) -> float | None:
+    stock = result.arms.get(STOCK)
+    return stock.step_time / measured.step_time if stock else None
+
+
+def _case(result: CaseResult, results: Sequence[CaseResult]) -> str:
+    ceilings = ", ".join(
+        f"{name} {'forward and backward' if name == 'attention' else 'GEMM'} {value:.4g}"
+        for name, value in result.ceilings.items()
+    )
+    lines = [
+        f"### {result.case.name}: {result.case.describe()}",
+        "",
+        f"{result.tokens:,.0f} tokens, {result.flops / 1e12:.4g} useful TFLOP a step; ceilings in TFLOP/s: {ceilings}",
+    ]
+    if not result.alternating:
+        lines.append(IN_TURN)
+    if result.case.name == MIXED and STOCK in result.arms:
+        lines.append(STOCK_MIXED)
+    lines += ["", _table([HEAD, *(_row(name, m, result) for name, m in result.arms.items())])]
+    if result.case.name == MIXED:
+        lines += _share_of_full_rate(result, results)
+    if result.profiles:
+        lines += ["", _profiles(result.profiles)]
+    return "\n".join(lines)
+
+
+def _row(name: str, m: Measured, result: CaseResult) -> tuple[str, ...]:
+    ratio = _ratio(m, result)
+    return (
+        name,
+        *(f"{seconds * 1e3:.1f}" for seconds in (m.step_time, min(m.seconds), max(m.seconds))),
+        "-" if ratio is None else f"{ratio:.2f}",
+        f"{m.tokens_per_second:,.0f}",
+        f"{m.tflops:.4g}",
+        f"{m.tflops / result.ceilings[m.precision]:.1%} {m.precision}",
+        *("-" if size is None else f"{size / GIB:.1f}" for size in (m.allocated, m.reserved)),
+    )
+
+
+def _share_of_full_rate(result: CaseResult, results: Sequence[CaseResult]) -> list[str]:
+    full = {name: m for other in results if other.case.name == FULL_RATE for name, m in other.arms.items()}
+    shares = [
+        f"{name} {m.tokens_per_second / full[name].tokens_per_second:.1%}"
+        for name, m in result.arms.items()
+        if name in full
+    ]
+    return ["", f"tokens/s as a share of {FULL_RATE}'s: {', '.join(shares)}"] if shares else []
+
+
+def _profiles(profiles: dict[str, Profile]) -> str:
+    """Families, idle and span in ms a step, then each arm's longest kernels."""
+    rows: list[tuple[str, ...]] = [("ms a step", *FAMILIES, "idle", "span", "idle share")]
+    for name, p in profiles.items():
+        times = (*(p.families[family] for family in FAMILIES), p.idle, p.span)
+        rows.append((name, *(f"{time:.2f}" for time in times), f"{p.idle / p.span:.1%}"))
+    parts = [_table(rows)]
+    for name, p in profiles.items():
+        longest: list[tuple[str, ...]] = [("ms", "launches", "family", f"kernel of {name}")]
+        longest += [(f"{ms:.2f}", f"{n:.0f}", family, kernel[:80]) for family, kernel, n, ms in p.kernels]
+        parts.append(_table(longest))
+    return "\n\n".join(parts)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])

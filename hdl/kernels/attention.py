@@ -1,0 +1,343 @@
+"""O1's attention over a packed run in two calls, forward and backward, whatever lengths are in it.
+
+AR tokens attend causally among themselves, GEN tokens attend to everything in their own segment (see
+hdl.o1.layout). Both are cuDNN's variable-length attention: every segment is a sequence that starts at
+some row of the run and has some length, so no mask is built, nothing is padded or gathered, and queries,
+keys, values, outputs and gradients are read and written where they stand, as column slices of wider
+buffers too. A plan is compiled for the longest sequence rounded up, so streams of ever new sizes soon
+meet only plans they know.
+
+cuDNN is called through its own front end (the `cudnn` package, Hopper and newer, bfloat16); elsewhere
+the same two calls are PyTorch's scaled_dot_product_attention, as in hdl.o1.attention.
+
+Shapes: q [S, heads, d], k and v [S, kv_heads, d], contiguous in the last two dimensions; d is the head
+size, scores are scaled by 1/sqrt(d).
+"""
+
+import importlib.util
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from hdl.o1.attention import packed_attention
+from hdl.o1.layout import Layout
+
+ROUND_TO = 128  # the kernels' own tile: a longer plan than needed costs empty tiles only
+
+
+class Gradients(NamedTuple):
+    """Of q, k and v, each shaped like it and contiguous."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+class RunAttention(Protocol):
+    """Attention of one packed run; made once for a run, used by all layers."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Any:
+        """Fill out [S, heads * d]; returns what backward needs besides the arguments."""
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: Any
+    ) -> Gradients: ...
+
+
+def run_attention(layout: Layout, device: torch.device, dtype: torch.dtype) -> RunAttention:
+    """The fastest attention there is for this device and dtype."""
+    if device.type == "cuda" and dtype == torch.bfloat16 and _has_cudnn_front_end(device.index or 0):
+        return CudnnAttention(layout, device)
+    return SdpaAttention(layout)
+
+
+class SdpaAttention:
+    """PyTorch's own attention, with its own backward."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+        out.copy_(packed_attention(q, k, v, self.layout).flatten(-2))
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: None
+    ) -> Gradients:
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        with torch.enable_grad():
+            again = packed_attention(leaves[0], leaves[1], leaves[2], self.layout)
+        return Gradients(*torch.autograd.grad(again, leaves, dout.unflatten(-1, q.shape[1:])))
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """One of the two calls: which rows of the run ask, and which answer, segment by segment."""
+
+    causal: bool
+    longest_query: int
+    longest_key: int
+    query_lengths: Tensor  # int32 [B, 1, 1, 1], as cuDNN wants it
+    key_lengths: Tensor
+    query_starts: Tensor  # int64 [B + 1, 1, 1, 1], in rows of the run
+    key_starts: Tensor
+
+
+class CudnnAttention:
+    """The two calls through cuDNN."""
+
+    def __init__(self, layout: Layout, device: torch.device) -> None:
+        text = [segment.text - 1 for segment in layout.segments]
+        whole = [segment.tokens for segment in layout.segments]
+        starts = [0]
+        for tokens in whole:
+            starts.append(starts[-1] + tokens)
+        first_gen = [start + n for start, n in zip(starts, text)] + starts[-1:]
+        gen = [tokens - n for tokens, n in zip(whole, text)]
+        numbers = torch.tensor([starts, first_gen], dtype=torch.int64)
+        lengths = torch.tensor([text, gen, whole], dtype=torch.int32)
+        at, at_gen = numbers.to(device, non_blocking=True)[:, :, None, None, None].unbind()
+        n_text, n_gen, n_whole = lengths.to(device, non_blocking=True)[:, :, None, None, None].unbind()
+        self.gen = Sequences(False, max(gen), max(whole), n_gen, n_whole, at_gen, at)
+        self.ar = Sequences(True, max(text), max(text), n_text, n_text, at, at)
+        self.ar_index = torch.cat(
+            [torch.arange(start, start + n) for start, n in zip(starts, text)]
+        ).to(device, non_blocking=True)
+        self.batch = len(whole)
+        self.device = device
+        self._offsets: dict[tuple[int, int], Tensor] = {}
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+        return self._attend(self.gen, q, k, v, out), self._attend(self.ar, q, k, v, out)
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: tuple[Tensor, Tensor]
+    ) -> Gradients:
+        dq = torch.empty_like(q)
+        dk, dv = torch.empty_like(k), torch.empty_like(k)
+        self._attend_backward(self.gen, dout, q, k, v, out, saved[0], dq, dk, dv)
+        # Text keys answer both to text and to the image: the two gradients add up.
+        text_dk, text_dv = torch.empty_like(k), torch.empty_like(k)
+        self._attend_backward(self.ar, dout, q, k, v, out, saved[1], dq, text_dk, text_dv)
+        for gradient, more in ((dk, text_dk), (dv, text_dv)):
+            gradient.index_add_(0, self.ar_index, more[self.ar_index])
+        return Gradients(dq, dk, dv)
+
+    def _attend(self, sequences: Sequences, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
+        plan = _plan(self._shape(sequences, q, k, v, out), self.device)
+        stats = torch.empty(plan.shape.stats, device=self.device, dtype=torch.float32)
+        plan.run_forward(
+            q=q, k=k, v=v, o=out, stats=stats, **self._rows(sequences, q=q, k=k, v=v, o=out)
+        )  # fmt: skip
+        return stats
+
+    def _attend_backward(
+        self, sequences: Sequences, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
+        stats: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+    ) -> None:  # fmt: skip
+        shape = self._shape(sequences, q, k, v, out, dout)
+        _plan(shape, self.device).run_backward(
+            q=q, k=k, v=v, o=out, do=dout, stats=stats, dq=dq, dk=dk, dv=dv,
+            **self._rows(sequences, q=q, k=k, v=v, o=out, do=dout, dq=dq, dk=dk, dv=dv),
+        )  # fmt: skip
+
+    def _shape(
+        self, sequences: Sequences, q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor | None = None
+    ) -> "PlanShape":
+        longest_query, longest_key = (
+            -(-n // ROUND_TO) * ROUND_TO for n in (sequences.longest_query, sequences.longest_key)
+        )
+        return PlanShape(
+            sequences.causal, self.batch, q.shape[1], k.shape[1], q.shape[2], longest_query, longest_key,
+            q.stride(0), k.stride(0), v.stride(0), out.stride(0), out.stride(0) if dout is None else dout.stride(0),
+        )  # fmt: skip
+
+    def _rows(self, sequences: Sequences, **tensors: Tensor) -> dict[str, Tensor]:
+        """Where each segment starts in each tensor, counted in elements as cuDNN does."""
+        rows = {"query_lengths": sequences.query_lengths, "key_lengths": sequences.key_lengths}
+        for name, tensor in tensors.items():
+            asks = name.removeprefix("d") in ("q", "o")
+            starts = sequences.query_starts if asks else sequences.key_starts
+            key = (starts.data_ptr(), tensor.stride(0))
+            if key not in self._offsets:
+                self._offsets[key] = starts * tensor.stride(0)
+            rows[f"{name}_starts"] = self._offsets[key]
+        return rows
+
+
+class PlanShape(NamedTuple):
+    """All that a cuDNN plan depends on; the strides are elements from one token to the next."""
+
+    causal: bool
+    batch: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    longest_query: int
+    longest_key: int
+    q_stride: int
+    k_stride: int
+    v_stride: int
+    out_stride: int
+    dout_stride: int
+
+    @property
+    def stats(self) -> tuple[int, int, int, int]:
+        return (self.batch, self.heads, self.longest_query, 1)
+
+
+class Plan:
+    """The compiled forward and backward of one shape; each is compiled when first run."""
+
+    def __init__(self, shape: PlanShape, device: torch.device) -> None:
+        self.shape = shape
+        self.device = device
+        self._forward: _Graph | None = None
+        self._backward: _Graph | None = None
+
+    def run_forward(self, **tensors: Tensor) -> None:
+        if self._forward is None:
+            self._forward = self._build_forward()
+        self._forward.run(tensors)
+
+    def run_backward(self, **tensors: Tensor) -> None:
+        if self._backward is None:
+            self._backward = self._build_backward()
+        self._backward.run(tensors)
+
+    def _build_forward(self) -> "_Graph":
+        s = self.shape
+        graph = _Graph(self.device)
+        q = graph.sequence("q", s.batch, s.heads, s.longest_query, s.head_dim, s.q_stride)
+        k = graph.sequence("k", s.batch, s.kv_heads, s.longest_key, s.head_dim, s.k_stride)
+        v = graph.sequence("v", s.batch, s.kv_heads, s.longest_key, s.head_dim, s.v_stride)
+        o, stats = graph.graph.sdpa(q=q, k=k, v=v, generate_stats=True, **self._settings(graph))
+        graph.output(o, "o", s.batch, s.heads, s.longest_query, s.head_dim, s.out_stride)
+        graph.plain_output(stats, "stats", s.stats)
+        return graph.build()
+
+    def _build_backward(self) -> "_Graph":
+        s = self.shape
+        graph = _Graph(self.device)
+        q = graph.sequence("q", s.batch, s.heads, s.longest_query, s.head_dim, s.q_stride)
+        k = graph.sequence("k", s.batch, s.kv_heads, s.longest_key, s.head_dim, s.k_stride)
+        v = graph.sequence("v", s.batch, s.kv_heads, s.longest_key, s.head_dim, s.v_stride)
+        o = graph.sequence("o", s.batch, s.heads, s.longest_query, s.head_dim, s.out_stride)
+        do = graph.sequence("do", s.batch, s.heads, s.longest_query, s.head_dim, s.dout_stride)
+        stats = graph.plain("stats", s.stats)
+        dq, dk, dv = graph.graph.sdpa_backward(
+            q=q, k=k, v=v, o=o, dO=do, stats=stats, **self._settings(graph)
+        )
+        q_row, k_row = s.heads * s.head_dim, s.kv_heads * s.head_dim
+        graph.output(dq, "dq", s.batch, s.heads, s.longest_query, s.head_dim, q_row)
+        graph.output(dk, "dk", s.batch, s.kv_heads, s.longest_key, s.head_dim, k_row)
+        graph.output(dv, "dv", s.batch, s.kv_heads, s.longest_key, s.head_dim, k_row)
+        return graph.build()
+
+    def _settings(self, graph: "_Graph") -> dict[str, Any]:
+        settings = {
+            "attn_scale": self.shape.head_dim**-0.5,
+            "use_padding_mask": True,
+            "seq_len_q": graph.lengths("query_lengths", self.shape.batch),
+            "seq_len_kv": graph.lengths("key_lengths", self.shape.batch),
+        }
+        return settings | ({"use_causal_mask": True} if self.shape.causal else {})
+
+
+class _Graph:
+    """A cuDNN graph under construction, then compiled; tensors are known by name."""
+
+    def __init__(self, device: torch.device) -> None:
+        import cudnn
+
+        self.cudnn = cudnn
+        self.device = device
+        self.handle = _handle(device)
+        self.graph = cudnn.pygraph(
+            io_data_type=cudnn.data_type.BFLOAT16,
+            intermediate_data_type=cudnn.data_type.FLOAT,
+            compute_data_type=cudnn.data_type.FLOAT,
+            handle=self.handle,
+        )
+        self.names: dict[str, Any] = {}
+
+    def sequence(self, name: str, batch: int, heads: int, longest: int, dim: int, row: int) -> Any:
+        """Sequences of up to `longest` tokens in [.., heads, dim], `row` elements from token to token."""
+        tensor = self.graph.tensor(
+            name=name,
+            dim=(batch, heads, longest, dim),
+            stride=(longest * row, dim, row, 1),
+            data_type=self.cudnn.data_type.BFLOAT16,
+        )
+        tensor.set_ragged_offset(self._starts(name, batch))
+        self.names[name] = tensor
+        return tensor
+
+    def lengths(self, name: str, batch: int) -> Any:
+        self.names[name] = self._integers(name, batch, self.cudnn.data_type.INT32)
+        return self.names[name]
+
+    def plain(self, name: str, dim: tuple[int, ...]) -> Any:
+        b, h, s, _ = dim
+        self.names[name] = self.graph.tensor(
+            name=name, dim=dim, stride=(h * s, s, 1, 1), data_type=self.cudnn.data_type.FLOAT
+        )
+        return self.names[name]
+
+    def output(
+        self, tensor: Any, name: str, batch: int, heads: int, longest: int, dim: int, row: int
+    ) -> None:
+        tensor.set_output(True).set_dim((batch, heads, longest, dim)).set_stride((longest * row, dim, row, 1))
+        tensor.set_ragged_offset(self._starts(name, batch))
+        self.names[name] = tensor
+
+    def plain_output(self, tensor: Any, name: str, dim: tuple[int, ...]) -> None:
+        b, h, s, _ = dim
+        tensor.set_output(True).set_data_type(self.cudnn.data_type.FLOAT)
+        tensor.set_dim(dim).set_stride((h * s, s, 1, 1))
+        self.names[name] = tensor
+
+    def build(self) -> "_Graph":
+        modes = [self.cudnn.heur_mode.A, self.cudnn.heur_mode.FALLBACK]
+        self.graph.validate()
+        self.graph.build_operation_graph()
+        self.graph.create_execution_plans(modes)
+        self.graph.check_support()
+        self.graph.build_plans()
+        self.workspace_bytes = max(1, self.graph.get_workspace_size())
+        return self
+
+    def run(self, tensors: dict[str, Tensor]) -> None:
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        self.cudnn.set_stream(handle=self.handle, stream=stream)
+        workspace = torch.empty(self.workspace_bytes, device=self.device, dtype=torch.uint8)
+        pack = {self.names[name]: tensor for name, tensor in tensors.items()}
+        self.graph.execute(pack, workspace, handle=self.handle)
+
+    def _starts(self, name: str, batch: int) -> Any:
+        starts = f"{name}_starts"
+        self.names[starts] = self._integers(starts, batch + 1, self.cudnn.data_type.INT64)
+        return self.names[starts]
+
+    def _integers(self, name: str, count: int, kind: Any) -> Any:
+        return self.graph.tensor(name=name, dim=(count, 1, 1, 1), stride=(1, 1, 1, 1), data_type=kind)
+
+
+@lru_cache(maxsize=256)
+def _plan(shape: PlanShape, device: torch.device) -> Plan:
+    return Plan(shape, device)
+
+
+@lru_cache(maxsize=None)
+def _handle(device: torch.device) -> Any:
+    import cudnn
+
+    with torch.cuda.device(device):
+        return cudnn.create_handle()
+
+
+@lru_cache(maxsize=None)
+def _has_cudnn_front_end(index: int) -> bool:
+    return importlib.util.find_spec("cudnn") is not None and torch.cuda.get_device_capability(index) >= (9, 0)

@@ -1,0 +1,128 @@
+"""The fast path, applied to a plain adapted model from outside.
+
+Before DeepSpeed takes the model, `flatten` makes its adapter one flat parameter; afterwards `fuse` packs
+the frozen weights and replaces the decoder's forward by one over fused layers. Parameter names and PEFT's
+modules stay what they are, now views of packed and flat tensors. The plain path of the same modules is
+what the fast one is tested against.
+"""
+
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+
+from hdl.adapter.flat import flat_parameter, flatten_adapter, point_at_flat
+from hdl.kernels.adapter_copies import AdapterCopies
+from hdl.kernels.attention import run_attention
+from hdl.kernels.layer import KEPT, Entrance, FusedLayer, Run, Shared, packs
+from hdl.kernels.linears import Fp8Linear, FullLinear, PackedLinear, adapter_order, base_of
+from hdl.kernels.rms_norm import rms_norm, rms_norm_backward
+from hdl.o1.decoder import Decoder, DecoderLayer, RMSNorm, rotary_angles
+from hdl.o1.layout import Layout
+
+
+def flatten(adapted: PeftModel) -> None:
+    """Make the decoder's adapter one flat parameter. ValueError when the model `cannot_fuse`."""
+    reason = cannot_fuse(adapted)
+    if reason:
+        raise ValueError(reason)
+    linears = [modules for layer in _layers(adapted) for modules in packs(layer)]
+    flatten_adapter(adapted, [p for modules in linears for p in adapter_order(modules)])
+
+
+def fuse(adapted: PeftModel, *, fp8: bool = False, keep: str | list[str] = "everything") -> None:
+    """Put a flattened model's decoder on the fast path (flattening it, if that was not done).
+
+    fp8: quantize the decoder's frozen weights to e4m3 and multiply in it. keep: a level of
+    `hdl.kernels.layer.KEPT`, or one for each layer. ValueError when it is neither, or the model `cannot_fuse`.
+    """
+    decoder = _decoder(adapted)
+    count = len(decoder.layers)
+    levels = [keep] * count if isinstance(keep, str) else list(keep)
+    if len(levels) != count or not set(levels) <= set(KEPT):
+        raise ValueError(f"keep {keep!r}: expected one of {', '.join(KEPT)}, or a list of {count} of them")
+    if flat_parameter(adapted) is None:
+        flatten(adapted)
+    point_at_flat(adapted)
+    flat = cast(nn.Parameter, flat_parameter(adapted))
+    fused = FusedDecoder(decoder, flat, Fp8Linear if fp8 else FullLinear, levels)
+    decoder.forward = fused.forward  # type: ignore[method-assign]
+
+
+def cannot_fuse(adapted: PeftModel) -> str | None:
+    """Why this model can only take the plain path, or None."""
+    adapters = 0
+    for layer in _layers(adapted):
+        for name, module in layer.named_modules():
+            if isinstance(module, nn.Linear | LoraLinear) and hasattr(base_of(module).weight, "ds_id"):
+                return "the frozen weights are sharded by ZeRO-3"
+            if isinstance(module, LoraLinear):
+                adapters += 1
+                if any(isinstance(d, nn.Dropout) and d.p > 0 for d in module.lora_dropout.values()):
+                    return "lora.dropout is not 0"
+                if list(module.lora_A) != ["default"]:
+                    return f"{name} has the adapters {list(module.lora_A)}, expected one named default"
+    return None if adapters else "no linear of the decoder has an adapter"
+
+
+def supports_fp8(device: torch.device) -> bool:
+    """Whether products in e4m3 are of use here: Ada (sm_89) and newer; a CPU imitates them."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+class FusedDecoder:
+    """The decoder's forward over fused layers."""
+
+    def __init__(
+        self, decoder: Decoder, flat: nn.Parameter, packed: type[PackedLinear], levels: list[str]
+    ) -> None:
+        self.config = decoder.config
+        self.norm = decoder.norm
+        self.flat = flat
+        self.shared = Shared(flat)
+        self.layers: list[FusedLayer] = []
+        start = 0
+        for layer, keep in zip(_decoder_layers(decoder), levels):
+            below = self.layers[-1] if self.layers else None
+            self.layers.append(FusedLayer(layer, self.config, packed, keep, below, self.shared))
+            start = self.layers[-1].lay_out_adapter(start)
+        linears = [linear for fused in self.layers for linear in fused.linears]
+        self.copies = AdapterCopies([block for linear in linears for block in linear.copies()])
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        """As Decoder.forward: x [S, D] -> [S, D]."""
+        angles = rotary_angles(layout.positions, self.config)
+        run = Run(angles.cos(), angles.sin(), run_attention(layout, x.device, x.dtype))
+        self.copies.refresh()
+        x = Entrance.apply(x, self.flat, self.shared)  # type: ignore[no-untyped-call]
+        for layer in self.layers:
+            x = layer(x, run)
+        return FinalNorm.apply(x, self.norm)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class FinalNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, norm: RMSNorm) -> Tensor:  # type: ignore[no-untyped-def]
+        normed, rstd = rms_norm(x, norm.weight, norm.eps)
+        ctx.save_for_backward(x, rstd, norm.weight)
+        return normed
+
+    @staticmethod
+    def backward(ctx, dnormed: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def,override]
+        x, rstd, weight = ctx.saved_tensors
+        return rms_norm_backward(dnormed, x, rstd, weight), None
+
+
+def _decoder(adapted: PeftModel) -> Decoder:
+    return cast(Decoder, adapted.get_submodule("base_model.model.model.language_model"))
+
+
+def _layers(adapted: PeftModel) -> Iterator[DecoderLayer]:
+    return _decoder_layers(_decoder(adapted))
+
+
+def _decoder_layers(decoder: Decoder) -> Iterator[DecoderLayer]:
+    return (cast(DecoderLayer, layer) for layer in decoder.layers)

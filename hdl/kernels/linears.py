@@ -1,0 +1,265 @@
+"""Frozen linears that share their input, as one matrix product with their LoRA folded in.
+
+q, k and v read the same activation, so do gate and up: their weights stand under one another in one
+matrix W [N, K], and PEFT's modules see their rows of it (weights are stored once). With the A of all
+members stacked, A [R, K], and their scaled B on the diagonal, sB [N, R], the layer is
+
+    y = x W^T + (x A^T) sB^T        dx = dy W + (dy sB) A
+
+bfloat16: both are single products over a longer inner dimension, y = [x, xA^T] [W, sB]^T and
+dx = [dy, dy sB] [W; A]. Everything lives in one matrix [N + R, K + R], and activations live in buffers
+R columns wider than they are, whose last columns (`low`) take the small product:
+
+         K    R
+    N  [ W   sB ]        forward reads the upper rows, backward the left columns
+    R  [ A    0 ]
+
+fp8: W alone is e4m3 with one scale an output channel. Forward takes it as it is; backward needs the
+values transposed, because Hopper's fp8 units read both operands along the inner dimension, and there the
+scales lie along the inner dimension too, so they are multiplied into dy before it is quantized. The LoRA
+side stays in bfloat16.
+
+R is the sum of the members' ranks, rounded up to 8 so that rows stay aligned; the padding is zero.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+
+from hdl.kernels.adapter_copies import Block
+from hdl.kernels.backend import named
+from hdl.kernels.gemm import product, product_rows_fp8, product_transposed
+from hdl.kernels.quantize import Rowwise, empty_rows, quantize_rows
+
+ALIGNMENT = 8  # elements: 16 bytes of bfloat16
+ADAPTER = "default"
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """An activation or gradient [S, width] on its way into a product.
+
+    wide [S, width + R]: the values in the first columns, `low`, their product with A or sB, in the last.
+    rows: the values once more in e4m3, for an fp8 product.
+    """
+
+    wide: Tensor
+    width: int
+    rows: Rowwise | None
+
+    @property
+    def values(self) -> Tensor:
+        return self.wide[:, : self.width]
+
+    @property
+    def low(self) -> Tensor:
+        return self.wide[:, self.width :]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One linear of the pack: its rows of W and its columns of the rank dimension."""
+
+    module: nn.Module  # nn.Linear, or PEFT's around it
+    rows: slice
+    ranks: slice  # empty without an adapter
+
+    @property
+    def has_adapter(self) -> bool:
+        return self.ranks.stop > self.ranks.start
+
+    @property
+    def lora_a(self) -> nn.Parameter:
+        return self.module.lora_A[ADAPTER].weight  # type: ignore[union-attr,index,return-value]
+
+    @property
+    def lora_b(self) -> nn.Parameter:
+        return self.module.lora_B[ADAPTER].weight  # type: ignore[union-attr,index,return-value]
+
+    @property
+    def scaling(self) -> float:
+        return self.module.scaling[ADAPTER]  # type: ignore[union-attr,index,return-value]
+
+
+class PackedLinear:
+    """Base of both formats: the members, and the LoRA side in A [R, K] and sB [N, R]."""
+
+    a: Tensor
+    b: Tensor
+    quantizes = False
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.members = _members(modules)
+        self.n = self.members[-1].rows.stop
+        self.k = base_of(modules[0]).weight.shape[1]
+        ranks = self.members[-1].ranks.stop
+        self.r = -(-ranks // ALIGNMENT) * ALIGNMENT
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The adapter's parameters in the order of `adapter_gradients`."""
+        return adapter_order([m.module for m in self.members])
+
+    def copies(self) -> list[Block]:
+        """What must be copied here from the adapter before a forward pass."""
+        return [
+            block
+            for m in self.members
+            if m.has_adapter
+            for block in (
+                Block(m.lora_a, self.a[m.ranks], m.module, scaled=False),
+                Block(m.lora_b, self.b[m.rows, m.ranks], m.module, scaled=True),
+            )
+        ]
+
+    def input_buffer(self, tokens: int) -> Buffer:
+        """Where the activation that this linear reads is to be written."""
+        return self._buffer(tokens, self.k)
+
+    def gradient_buffer(self, tokens: int) -> Buffer:
+        """Where the gradient of this linear's output is to be written."""
+        return self._buffer(tokens, self.n)
+
+    def _buffer(self, tokens: int, width: int) -> Buffer:
+        wide = torch.empty(tokens, width + self.r, device=self.a.device, dtype=self.a.dtype)
+        return Buffer(wide, width, empty_rows(tokens, width, wide.device) if self.quantizes else None)
+
+    def lower_input(self, x: Buffer) -> None:
+        """x A^T into x.low."""
+        if self.r:
+            with named("lora"):
+                product(x.values, self.a, out=x.low)
+
+    def lower_gradient(self, dy: Buffer) -> None:
+        """dy sB into dy.low."""
+        if self.r:
+            with named("lora"):
+                product_transposed(dy.values, self.b, out=dy.low)
+
+    def adapter_gradients(self, x: Buffer, dy: Buffer, flat: Tensor) -> None:
+        """Write the gradients of `parameters()` one after another into `flat`.
+
+        dA = (dy sB)^T x, all members in one product; dB = s dy^T (x A^T), member by member.
+        """
+        if not self.r:
+            return
+        with named("lora"):
+            ranks = self.members[-1].ranks.stop
+            start = ranks * self.k
+            _into(flat[:start].view(ranks, self.k), dy.low[:, :ranks].t(), x.values)
+            for m in self.members:
+                if m.has_adapter:
+                    shape = m.lora_b.shape
+                    db = flat[start : start + shape.numel()].view(shape)
+                    _into(db, dy.values[:, m.rows].t(), x.low[:, m.ranks])
+                    if m.scaling != 1.0:
+                        db.mul_(m.scaling)
+                    start += shape.numel()
+
+    def forward(self, x: Buffer, plus: Tensor | None = None) -> Tensor:
+        """[S, N] from a filled buffer (low included); `plus` [S, N] is added."""
+        raise NotImplementedError
+
+    def backward(self, dy: Buffer) -> Tensor:
+        """Gradient of the input, [S, K], from a filled gradient buffer (low included)."""
+        raise NotImplementedError
+
+    @property
+    def gradient_scale(self) -> Tensor | None:
+        """float32 [N]: what a gradient is multiplied with before its buffer's `rows` are quantized."""
+        return None
+
+
+class FullLinear(PackedLinear):
+    """The members' weights in their own dtype, in one matrix [N + R, K + R]."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        super().__init__(modules)
+        like = base_of(modules[0]).weight
+        self.matrix = like.new_zeros(self.n + self.r, self.k + self.r)
+        self.a = self.matrix[self.n :, : self.k]
+        self.b = self.matrix[: self.n, self.k :]
+        for member in self.members:
+            base = base_of(member.module)
+            rows = self.matrix[member.rows, : self.k]
+            rows.copy_(base.weight.detach())
+            base.weight.data = rows
+
+    def forward(self, x: Buffer, plus: Tensor | None = None) -> Tensor:
+        return product(x.wide, self.matrix[: self.n], plus=plus)
+
+    def backward(self, dy: Buffer) -> Tensor:
+        return product_transposed(dy.wide, self.matrix[:, : self.k])
+
+
+class Fp8Linear(PackedLinear):
+    """The members' weights in e4m3, row-wise scaled, and once more transposed."""
+
+    quantizes = True
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        super().__init__(modules)
+        like = base_of(modules[0]).weight
+        self.a = like.new_zeros(self.r, self.k)
+        self.b = like.new_zeros(self.n, self.r)
+        self.weight = empty_rows(self.n, self.k, like.device)
+        for member in self.members:
+            base = base_of(member.module)
+            quantized = quantize_rows(base.weight.detach())
+            self.weight.values[member.rows].copy_(quantized.values)
+            self.weight.scale[member.rows].copy_(quantized.scale)
+            base.weight.data = self.weight.values[member.rows]
+        ones = torch.ones(self.k, device=like.device)
+        self.transposed = Rowwise(self.weight.values.t().contiguous(), ones)
+
+    def forward(self, x: Buffer, plus: Tensor | None = None) -> Tensor:
+        assert x.rows is not None
+        y = self.a.new_empty(len(x.wide), self.n)
+        product_rows_fp8(x.rows, self.weight, out=y, plus=plus)
+        if self.r:
+            with named("lora"):
+                product(x.low, self.b, plus=y, out=y)
+        return y
+
+    def backward(self, dy: Buffer) -> Tensor:
+        assert dy.rows is not None
+        dx = product_rows_fp8(dy.rows, self.transposed, out=self.a.new_empty(len(dy.wide), self.k))
+        if self.r:
+            with named("lora"):
+                product_transposed(dy.low, self.a, plus=dx, out=dx)
+        return dx
+
+    @property
+    def gradient_scale(self) -> Tensor:
+        return self.weight.scale
+
+
+def _into(out: Tensor, left: Tensor, right: Tensor) -> None:
+    if out.dtype == left.dtype:
+        torch.mm(left, right, out=out)
+    else:  # an adapter trained in float32 beside a bfloat16 model
+        out.copy_(left @ right)
+
+
+def base_of(module: nn.Module) -> nn.Linear:
+    """The frozen linear itself."""
+    return module.base_layer if isinstance(module, LoraLinear) else module  # type: ignore[return-value]
+
+
+def adapter_order(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
+    """The adapter's parameters of linears that share their input: every A, then every B."""
+    adapted = [m for m in _members(modules) if m.has_adapter]
+    return [m.lora_a for m in adapted] + [m.lora_b for m in adapted]
+
+
+def _members(modules: Sequence[nn.Module]) -> list[Member]:
+    members, row, rank = [], 0, 0
+    for module in modules:
+        rows = base_of(module).weight.shape[0]
+        adapted = isinstance(module, LoraLinear) and ADAPTER in module.lora_A
+        ranks = module.lora_A[ADAPTER].weight.shape[0] if adapted else 0  # type: ignore[union-attr,index]
+        members.append(Member(module, slice(row, row + rows), slice(rank, rank + ranks)))
+        row, rank = row + rows, rank + ranks
+    return members
