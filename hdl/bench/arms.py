@@ -1,9 +1,10 @@
 """An arm: one way to take a training step, from uint8 pixels in host memory to an updated adapter.
 
 All arms draw the same frozen weights from the same seed, take the same samples, and measure the same
-loss. hdl's own arms step as `hdl.engine.loop` does: through DeepSpeed by default, looking at the loss
-before they step and at the gradient's norm after. The stock arm's engine is PyTorch's: fused AdamW and
-clip_grad_norm_, the loss read when the step is done.
+loss. hdl's own arms step as a run does (`hdl.engine.step`), through DeepSpeed by default, looking at the
+loss before the optimizer steps; but each step is timed to its end, so the gradient's norm is read right
+after it. The stock arm's engine is PyTorch's: fused AdamW and clip_grad_norm_, the loss read when the step
+is done.
 """
 
 import gc
@@ -24,16 +25,16 @@ from hdl.bench.stock import stock_loss, stock_model
 from hdl.config import Flow, Lora, Train
 from hdl.data.batches import Batch
 from hdl.engine.processes import Processes
+from hdl.engine.step import Measured, TrainStep
 from hdl.errors import HdlError
 from hdl.flow.noise import VARIANTS
 from hdl.flow.sigma import draw_sigmas
-from hdl.flow.step import flow_matching_loss
 from hdl.o1.checkpoint import Checkpoint
-from hdl.seeds import derive_seed, seeded
 
 STOCK = "stock"
 ARMS = (STOCK, *OURS)
 SEED = 0
+FLOW = Flow()
 EngineName = Literal["deepspeed", "torch"]
 
 
@@ -65,35 +66,32 @@ class Arm:
         self.device = setup.device
         self.engine = _engine(name, setup)
         self.engine.train()
-        self.options = {} if name == STOCK else loss_options(name, setup.dtype)
+        self.train_step: TrainStep | None = None
+        if name != STOCK:
+            self.train_step = TrainStep(
+                self.engine, setup.processes,
+                variant=VARIANTS["full"], flow=FLOW, seed=SEED, dropout=setup.lora.dropout,
+                **loss_options(name, setup.dtype),
+            )  # fmt: skip
 
     def step(self, number: int, batches: Sequence[Batch]) -> float:
         """Train on a step's batches, which lie in host memory; returns the loss."""
         images = sum(len(batch.places) for batch in batches)
-        flow = Flow()
         sigmas = draw_sigmas(
             images, SEED, number,
-            distribution=flow.sigma, mean=flow.logit_mean, std=flow.logit_std, shift=flow.shift,
+            distribution=FLOW.sigma, mean=FLOW.logit_mean, std=FLOW.logit_std, shift=FLOW.shift,
         )  # fmt: skip
-        if self.name == STOCK:
+        if not self.train_step:
             return self._stock_step(batches, sigmas)
-        [batch] = batches
-        with seeded(derive_seed(SEED, "dropout", number)):
-            loss, errors = flow_matching_loss(
-                self.engine, batch.to(self.device), sigmas, number,
-                variant=VARIANTS["full"], flow=flow, seed=SEED, **self.options,
-            )  # fmt: skip
-            self.engine.backward(loss)
-            errors.cpu()  # the curves' share of a step
-            loss_now = float(loss.detach())
-            if not math.isfinite(loss_now):
-                raise HdlError(
-                    f"arm {self.name}: the loss of step {number} is {loss_now}: it computes nonsense"
-                )
-            with record_function("hdl::optimizer"):
-                self.engine.step()
-        float(self.engine.get_global_grad_norm() or 0.0)
-        return loss_now
+        measured = Measured.read(self.train_step.forward_backward(number, batches, sigmas))
+        if not math.isfinite(measured.loss):
+            raise HdlError(
+                f"arm {self.name}: the loss of step {number} is {measured.loss}: it computes nonsense"
+            )
+        with record_function("hdl::optimizer"):
+            norm = self.train_step.update()
+        norm.wait()
+        return measured.loss
 
     def _stock_step(self, batches: Sequence[Batch], sigmas: Tensor) -> float:
         losses = []
@@ -110,6 +108,7 @@ class Arm:
         """Let go of everything on the device; the arm is of no use any more."""
         if hasattr(self.engine, "destroy"):
             self.engine.destroy()
+        self.train_step = None
         del self.engine
         gc.collect()
 
@@ -142,8 +141,8 @@ class TorchEngine:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def get_global_grad_norm(self) -> float | None:
-        return None if self.norm is None else float(self.norm)
+    def get_global_grad_norm(self) -> Tensor | None:
+        return self.norm
 
 
 def _engine(name: str, setup: Setup) -> Any:

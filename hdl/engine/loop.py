@@ -1,4 +1,8 @@
-"""The run: everything that train.py's config describes, from checks to the saved adapter."""
+"""The run: everything that train.py's config describes, from checks to the saved adapter.
+
+The host runs ahead of the GPU: what became of a step is looked at while the next one is computed (see
+hdl.engine.step), or before anything is saved or drawn.
+"""
 
 import math
 import resource
@@ -17,14 +21,14 @@ from hdl.engine.fast_path import FastPath
 from hdl.engine.processes import Processes
 from hdl.engine.run_folder import RunFolder
 from hdl.engine.sharding import check_optimizer, read_strategy, shard, shares
+from hdl.engine.step import Measured, TrainStep
 from hdl.engine.validation import Validation, save_picture
 from hdl.errors import HdlError
 from hdl.flow.noise import VARIANTS
 from hdl.flow.sigma import draw_sigmas
-from hdl.flow.step import flow_matching_loss
 from hdl.o1.checkpoint import Checkpoint, load_model, open_checkpoint
-from hdl.report.curves import BANDS, Reporter, StepReport, band_sums
-from hdl.seeds import derive_seed, seeded
+from hdl.report.curves import Reporter, StepReport
+from hdl.transfer import Mark, Reading
 
 GIB = 2**30
 
@@ -98,6 +102,18 @@ def train(run: Run, processes: Processes) -> None:
     Loop(run, prepared, processes, engine, done, dtype=dtype, fused=path.fused).go()
 
 
+@dataclass(frozen=True)
+class Taken:
+    """A step whose outcome is not known yet: the optimizer is queued, and the gradient's norm on its way."""
+
+    number: int  # the first step is 1
+    measured: Measured
+    grad_norm: Reading
+    lr: float
+    start: Mark
+    peak_memory: float
+
+
 class Loop:
     """The steps themselves, with what happens between them."""
 
@@ -107,13 +123,18 @@ class Loop:
     ) -> None:  # fmt: skip
         self.run, self.prepared, self.processes, self.engine = run, prepared, processes, engine
         self.done = done  # optimizer steps taken so far
-        self.dtype, self.fused = dtype, fused
-        self.variant = VARIANTS[run.model.variant]
-        self.micro, self.accumulation = shares(run.train, processes.world)
+        self.train_step = TrainStep(
+            engine, processes,
+            variant=VARIANTS[run.model.variant], flow=run.flow, seed=run.train.seed, dropout=run.lora.dropout,
+            dtype=dtype, fused=fused,
+        )  # fmt: skip
+        self.taken: Taken | None = None
+        self.start = Mark(processes.device)  # of the next step
+        micro, _ = shares(run.train, processes.world)
         self.batches = Batches(
             prepared.shards,
             batch_size=run.train.batch_size,
-            micro_batch_size=self.micro,
+            micro_batch_size=micro,
             rank=processes.rank,
             world=processes.world,
             seed=run.train.seed,
@@ -138,56 +159,59 @@ class Loop:
                 if last or self.done % run.validation.every == 0:
                     self._draw_pictures()
             self._save_adapter()
+        except (HdlError, KeyboardInterrupt):
+            self._settle()  # the curves end with the last step that was taken
+            raise
         finally:
             self.batches.close()
             if self.reporter:
                 self.reporter.close()
 
     def _step(self) -> None:
-        step, train = self.done, self.run.train
-        flow = self.run.flow
+        step, train, flow = self.done, self.run.train, self.run.flow
         sigmas = draw_sigmas(
             train.batch_size, train.seed, step,
             distribution=flow.sigma, mean=flow.logit_mean, std=flow.logit_std, shift=flow.shift,
         )  # fmt: skip
         lr = self.engine.get_lr()[0]  # of this step
         batches = self.batches.of_step(step)
-        measured = torch.zeros(2 + 2 * BANDS, dtype=torch.float64)  # see _measured
-        with seeded(derive_seed(train.seed, "dropout", step, self.processes.rank)):
-            for i, batch in enumerate(batches):
-                loss, errors = flow_matching_loss(
-                    self.engine, batch.to(self.processes.device), sigmas, step,
-                    variant=self.variant, flow=flow, seed=train.seed, fused=self.fused, dtype=self.dtype,
-                )  # fmt: skip
-                # DeepSpeed averages gradients over ranks and micro-batches; `loss` is a part of a sum.
-                self.engine.backward(loss * (self.processes.world * self.accumulation))
-                measured += _measured(loss, batch, sigmas, errors)
-                if i == len(batches) - 1:
-                    measured = self.processes.sum(measured)
-                    if not math.isfinite(float(measured[0])):
-                        self._stop_at_nan(batches, sigmas)
-                self.engine.step()
-        grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
+        reading = self.train_step.forward_backward(step, batches, sigmas)
+        self._settle()
+        measured = Measured.read(reading)
+        if not math.isfinite(measured.loss):
+            self._stop_at_nan(batches, sigmas)
+        grad_norm = self.train_step.update()
+        self.done += 1
+        peak = _peak_memory(self.processes.device)
+        self.taken = Taken(self.done, measured, grad_norm, lr, self.start, peak)
+        self.start = grad_norm.mark
+
+    def _settle(self) -> None:
+        """See how the last step ended, and report it; HdlError when its gradient was not finite."""
+        taken, self.taken = self.taken, None
+        if not taken:
+            return
+        grad_norm = float(taken.grad_norm.wait())
         if not math.isfinite(grad_norm):
             raise HdlError(
-                f"the gradient of step {step + 1} is not finite, though its loss is ({float(measured[0]):.4g}); nothing "
-                f"was saved after it. Resume from the last checkpoint in {self.prepared.folder.checkpoints} with a lower "
-                "train.lr",
+                f"the gradient of step {taken.number} is not finite, though its loss is ({taken.measured.loss:.4g}); "
+                f"nothing was saved after it. Resume from the last checkpoint in {self.prepared.folder.checkpoints} "
+                "with a lower train.lr",
                 on_all_ranks=True,
             )
-        self.done += 1
         if self.reporter:
-            self.reporter.step(self.done, self._report(measured, grad_norm, lr))
+            self.reporter.step(taken.number, self._report(taken, grad_norm))
 
-    def _report(self, measured: Tensor, grad_norm: float, lr: float) -> StepReport:
+    def _report(self, taken: Taken, grad_norm: float) -> StepReport:
         return StepReport(
-            loss=float(measured[0]),
-            bands=measured[2:].view(2, -1),
+            loss=taken.measured.loss,
+            bands=taken.measured.bands,
             grad_norm=grad_norm,
-            lr=lr,
+            lr=taken.lr,
             images=self.run.train.batch_size,
-            tokens=int(measured[1]),
-            peak_memory=_peak_memory(self.processes.device),
+            tokens=taken.measured.tokens,
+            seconds=taken.grad_norm.mark.seconds_since(taken.start),
+            peak_memory=taken.peak_memory,
         )
 
     def _stop_at_nan(self, batches: list[Batch], sigmas: Tensor) -> None:
@@ -206,12 +230,14 @@ class Loop:
         )
 
     def _save(self) -> str:
+        self._settle()
         path = save_checkpoint(
             self.engine, self.prepared.folder.checkpoints, self.done, self.prepared.trained_on, self.processes
         )
         if self.reporter:
             self.reporter.say(f"saved {path}")
-            self.reporter.restart_clock()
+            self.reporter.flush()
+        self.start = Mark(self.processes.device)  # this took no step's time
         return str(path)
 
     def _save_adapter(self) -> None:
@@ -223,18 +249,13 @@ class Loop:
     def _draw_pictures(self) -> None:
         if not self.prepared.validation.prompts:
             return
+        self._settle()
         grid = self.prepared.validation.draw(self.engine.module)
         if self.reporter:
             path = save_picture(grid, self.prepared.folder.pictures, self.done)
             self.reporter.picture(self.done, grid)
             self.reporter.say(f"pictures after {self.done} steps: {path}")
-
-
-def _measured(loss: Tensor, batch: Batch, sigmas: Tensor, errors: Tensor) -> Tensor:
-    """What adds up over micro-batches and ranks, in one vector: loss, tokens, then band_sums, flattened."""
-    sums = band_sums(sigmas[batch.places], errors.cpu())
-    head = torch.tensor([float(loss.detach()), batch.layout.tokens], dtype=torch.float64)
-    return torch.cat([head, sums.flatten()])
+        self.start = Mark(self.processes.device)
 
 
 def _peak_memory(device: torch.device) -> float:

@@ -32,10 +32,11 @@ class Processes:
         return self.rank == 0
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Add up a tensor over all ranks; every rank gets the sum."""
-        values = values.to(self.device)
-        dist.all_reduce(values)
-        return values.cpu()
+        """Add up a tensor on this rank's device over all ranks, in place; every rank gets the sum. On a GPU
+        the sum is queued, not waited for."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
 
     def gather(self, thing: Any) -> list[Any]:
         """Every rank's object, on every rank, in rank order."""

@@ -95,7 +95,8 @@ def shard(
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": train.grad_clip,
-        "bf16": {"enabled": dtype == torch.bfloat16},
+        # hdl looks at the loss and the gradient's norm itself; DeepSpeed's own check waits for the GPU
+        "bf16": {"enabled": dtype == torch.bfloat16, "check_grad_overflow": False},
         "zero_allow_untested_optimizer": True,  # bitsandbytes'
         "steps_per_print": 2**31,
     }

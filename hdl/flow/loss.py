@@ -4,6 +4,8 @@ The model predicts x0, so the plain loss is the mean squared error of x_pred ove
 velocity is (x_pred - z) / sigma, which makes the velocity loss the same error weighted by 1/sigma^2.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -19,16 +21,25 @@ def patch_errors(x_pred: Tensor, x0: Tensor) -> Tensor:
     return (x_pred.float() - x0.float()).square().mean(dim=-1)
 
 
-def x0_errors(hidden: Tensor, head: Head, pixels: Tensor) -> Tensor:
-    """float32 [P]: `patch_errors` of what the head reads off hidden [P, D], against pixels, uint8 [P, 3072],
-    without keeping the prediction. ValueError when the head requires a gradient.
+@dataclass(frozen=True)
+class X0Error:
+    """`patch_errors` of what a head reads off hidden states, without keeping the prediction.
 
-    Under ZeRO-3, which marks its parameters with a `ds_id`, a weight is sure to be there only inside its
-    module's own call (before, it may be empty, or still arriving): the prediction is made then, and kept.
+    pixels: uint8 [P, 3072], the clean patches. Given to O1.forward as its `measure`.
     """
-    if hasattr(head.linear.weight, "ds_id"):
-        return patch_errors(head(hidden), to_model(pixels))
-    return head_errors(hidden, head.linear.weight, head.linear.bias, pixels)
+
+    pixels: Tensor
+
+    def __call__(self, hidden: Tensor, head: Head) -> Tensor:
+        """float32 [P], of hidden [P, D]. ValueError when the head requires a gradient.
+
+        Under ZeRO-3, which marks its parameters with a `ds_id`, a weight is sure to be there only inside
+        its module's own call (before, it may be empty, or still arriving): the prediction is made then, and
+        kept.
+        """
+        if hasattr(head.linear.weight, "ds_id"):
+            return patch_errors(head(hidden), to_model(self.pixels))
+        return head_errors(hidden, head.linear.weight, head.linear.bias, self.pixels)
 
 
 def loss_weights(sigma: Tensor, weighting: str) -> Tensor:

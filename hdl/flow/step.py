@@ -10,10 +10,11 @@ from torch import Tensor
 
 from hdl.config import Flow
 from hdl.data.batches import Batch
-from hdl.flow.loss import loss_weights, patch_errors, x0_errors
+from hdl.flow.loss import X0Error, loss_weights, patch_errors
 from hdl.flow.noise import Variant, noise_keys
 from hdl.kernels.noising import noise_patches
 from hdl.o1.patches import to_model
+from hdl.transfer import send
 
 
 def flow_matching_loss(
@@ -30,7 +31,7 @@ def flow_matching_loss(
 ) -> tuple[Tensor, Tensor]:
     """The micro-batch's part of the step's loss, and each sample's own error.
 
-    sigmas: float32 [global batch], this step's noise levels. The step's loss is the mean over all patches
+    sigmas: float32 [global batch], this step's noise levels, in host memory. The step's loss is the mean over all patches
     of the global batch of the weighted patch error; what is returned sums to it over micro-batches and
     ranks. The second value, float32 [B] and detached, is each sample's mean unweighted x0 error.
 
@@ -39,15 +40,16 @@ def flow_matching_loss(
     """
     device = batch.patches.device
     counts = batch.patch_counts
-    sigma_of_sample = sigmas[batch.places].to(device)
-    sigma = sigma_of_sample.repeat_interleave(torch.tensor(counts, device=device), output_size=sum(counts))
+    levels = sigmas[batch.places]
+    both = send(torch.cat([levels, levels.repeat_interleave(torch.tensor(counts))]), device)
+    sigma_of_sample, sigma = both[: len(counts)], both[len(counts) :]
     z = noise_patches(
         batch.patches, sigma_of_sample, counts, noise_keys(batch.places, seed, step),
         noise_scale=variant.noise_scale, clip=variant.clip, dtype=dtype,
     )  # fmt: skip
     inputs = (batch.text, z, 1.0 - sigma_of_sample, batch.layout)
     if fused:
-        errors = model(*inputs, measure=lambda hidden, head: x0_errors(hidden, head, batch.patches))
+        errors = model(*inputs, measure=X0Error(batch.patches))
     else:
         errors = patch_errors(model(*inputs), to_model(batch.patches))
     loss = (errors * loss_weights(sigma, flow.weighting)).sum() / batch.global_patches

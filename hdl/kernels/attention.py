@@ -16,7 +16,7 @@ size, scores are scaled by 1/sqrt(d).
 
 import importlib.util
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -63,13 +63,12 @@ class SdpaAttention:
     def forward(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
         out.copy_(packed_attention(q, k, v, self.layout).flatten(-2))
 
-    def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: None
-    ) -> Gradients:
+    def backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: None) -> Gradients:
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
         with torch.enable_grad():
             again = packed_attention(leaves[0], leaves[1], leaves[2], self.layout)
-        return Gradients(*torch.autograd.grad(again, leaves, dout.unflatten(-1, q.shape[1:])))
+        gradients = torch.autograd.grad(again, leaves, dout.unflatten(-1, q.shape[1:]))
+        return Gradients(*(gradient.contiguous() for gradient in gradients))
 
 
 @dataclass(frozen=True)
@@ -102,9 +101,9 @@ class CudnnAttention:
         n_text, n_gen, n_whole = lengths.to(device, non_blocking=True)[:, :, None, None, None].unbind()
         self.gen = Sequences(False, max(gen), max(whole), n_gen, n_whole, at_gen, at)
         self.ar = Sequences(True, max(text), max(text), n_text, n_text, at, at)
-        self.ar_index = torch.cat(
-            [torch.arange(start, start + n) for start, n in zip(starts, text)]
-        ).to(device, non_blocking=True)
+        self.ar_index = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, text)]).to(
+            device, non_blocking=True
+        )
         self.batch = len(whole)
         self.device = device
         self._offsets: dict[tuple[int, int], Tensor] = {}
@@ -280,7 +279,7 @@ class _Graph:
         return self.names[name]
 
     def plain(self, name: str, dim: tuple[int, ...]) -> Any:
-        b, h, s, _ = dim
+        _, h, s, _ = dim
         self.names[name] = self.graph.tensor(
             name=name, dim=dim, stride=(h * s, s, 1, 1), data_type=self.cudnn.data_type.FLOAT
         )
@@ -294,7 +293,7 @@ class _Graph:
         self.names[name] = tensor
 
     def plain_output(self, tensor: Any, name: str, dim: tuple[int, ...]) -> None:
-        b, h, s, _ = dim
+        _, h, s, _ = dim
         tensor.set_output(True).set_data_type(self.cudnn.data_type.FLOAT)
         tensor.set_dim(dim).set_stride((h * s, s, 1, 1))
         self.names[name] = tensor
@@ -330,7 +329,7 @@ def _plan(shape: PlanShape, device: torch.device) -> Plan:
     return Plan(shape, device)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _handle(device: torch.device) -> Any:
     import cudnn
 
@@ -338,6 +337,6 @@ def _handle(device: torch.device) -> Any:
         return cudnn.create_handle()
 
 
-@lru_cache(maxsize=None)
+@cache
 def _has_cudnn_front_end(index: int) -> bool:
     return importlib.util.find_spec("cudnn") is not None and torch.cuda.get_device_capability(index) >= (9, 0)

@@ -14,9 +14,10 @@ from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
-from hdl.adapter.flat import flat_parameter, flatten_adapter, point_at_flat
+from hdl.adapter.flat import FLAT, flat_parameter, flatten_adapter, point_at_flat, trained_parameters
 from hdl.kernels.adapter_copies import AdapterCopies
 from hdl.kernels.attention import run_attention
+from hdl.kernels.graphs import Graphs
 from hdl.kernels.layer import KEPT, Entrance, FusedLayer, Run, Shared, packs
 from hdl.kernels.linears import Fp8Linear, FullLinear, PackedLinear, adapter_order, base_of
 from hdl.kernels.rms_norm import rms_norm, rms_norm_backward
@@ -50,6 +51,9 @@ def fuse(adapted: PeftModel, *, fp8: bool = False, keep: str | list[str] = "ever
     flat = cast(nn.Parameter, flat_parameter(adapted))
     fused = FusedDecoder(decoder, flat, Fp8Linear if fp8 else FullLinear, levels)
     decoder.forward = fused.forward  # type: ignore[method-assign]
+    if list(trained_parameters(adapted)) == [FLAT]:  # else a gradient leaves the decoder at its input, too
+        o1 = adapted.get_base_model()
+        o1.forward = Graphs(o1.forward, flat, fused.shared, fused.copies).forward
 
 
 def cannot_fuse(adapted: PeftModel) -> str | None:
@@ -84,6 +88,7 @@ class FusedDecoder:
         self.flat = flat
         self.shared = Shared(flat)
         self.layers: list[FusedLayer] = []
+        self._last_run: tuple[Layout, Run] | None = None
         start = 0
         for layer, keep in zip(_decoder_layers(decoder), levels):
             below = self.layers[-1] if self.layers else None
@@ -94,13 +99,21 @@ class FusedDecoder:
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """As Decoder.forward: x [S, D] -> [S, D]."""
-        angles = rotary_angles(layout.positions, self.config)
-        run = Run(angles.cos(), angles.sin(), run_attention(layout, x.device, x.dtype))
-        self.copies.refresh()
+        run = self._run_of(layout, x)
+        if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self.copies.refresh()
         x = Entrance.apply(x, self.flat, self.shared)  # type: ignore[no-untyped-call]
         for layer in self.layers:
             x = layer(x, run)
         return FinalNorm.apply(x, self.norm)  # type: ignore[no-any-return,no-untyped-call]
+
+    def _run_of(self, layout: Layout, x: Tensor) -> Run:
+        """Made once for a layout that comes several times in a row: when sampling, or to be captured."""
+        if self._last_run is None or self._last_run[0] is not layout:
+            angles = rotary_angles(layout.positions, self.config)
+            run = Run(angles.cos(), angles.sin(), run_attention(layout, x.device, x.dtype))
+            self._last_run = (layout, run)
+        return self._last_run[1]
 
 
 class FinalNorm(torch.autograd.Function):

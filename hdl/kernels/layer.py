@@ -34,9 +34,7 @@ from hdl.o1.decoder import DecoderLayer
 
 # What backward finds ready besides the layer's input x, by level; each level keeps less than the one before.
 KEPT: dict[str, frozenset[str]] = {
-    "everything": frozenset(
-        {"qkv_in", "qkv", "turned", "o_in", "x1", "gate_up_in", "gate_up", "down_in"}
-    ),
+    "everything": frozenset({"qkv_in", "qkv", "turned", "o_in", "x1", "gate_up_in", "gate_up", "down_in"}),
     "products": frozenset({"qkv", "o_in", "x1", "gate_up"}),  # norms, rotary and SwiGLU are made anew
     "attention": frozenset({"o_in", "x1"}),  # the products of qkv and gate_up too
     "input": frozenset(),
@@ -67,6 +65,10 @@ class Shared:
         if self._gradient is None:
             self._gradient = torch.empty_like(self.flat)
         return self._gradient
+
+    def use_gradient(self, buffer: Tensor) -> None:
+        """Let the next backward pass write its gradient there."""
+        self._gradient = buffer
 
     def take_gradient(self) -> Tensor:
         gradient, self._gradient = self.gradient, None
@@ -176,9 +178,7 @@ class Made:
     def _make_qkv_in(self) -> None:
         layer, x = self.layer, self.things["x"]
         buffer = layer.qkv.input_buffer(len(x))
-        _, rstd = rms_norm(
-            x, layer.norm1.weight, layer.norm1.eps, out=buffer.values, quantized=buffer.rows
-        )
+        _, rstd = rms_norm(x, layer.norm1.weight, layer.norm1.eps, out=buffer.values, quantized=buffer.rows)
         layer.qkv.lower_input(buffer)
         self.things["qkv_in"], self.things["x.rstd"] = buffer, rstd
 

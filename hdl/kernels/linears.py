@@ -217,19 +217,18 @@ class Fp8Linear(PackedLinear):
     def forward(self, x: Buffer, plus: Tensor | None = None) -> Tensor:
         assert x.rows is not None
         y = self.a.new_empty(len(x.wide), self.n)
-        product_rows_fp8(x.rows, self.weight, out=y, plus=plus)
-        if self.r:
+        if self.r:  # first, so that the large product adds it on its way out
             with named("lora"):
-                product(x.low, self.b, plus=y, out=y)
-        return y
+                plus = product(x.low, self.b, out=y, plus=plus)
+        return product_rows_fp8(x.rows, self.weight, out=y, plus=plus)
 
     def backward(self, dy: Buffer) -> Tensor:
         assert dy.rows is not None
-        dx = product_rows_fp8(dy.rows, self.transposed, out=self.a.new_empty(len(dy.wide), self.k))
+        dx, plus = self.a.new_empty(len(dy.wide), self.k), None
         if self.r:
             with named("lora"):
-                product_transposed(dy.low, self.a, plus=dx, out=dx)
-        return dx
+                plus = product_transposed(dy.low, self.a, out=dx)
+        return product_rows_fp8(dy.rows, self.transposed, out=dx, plus=plus)
 
     @property
     def gradient_scale(self) -> Tensor:

@@ -9,10 +9,15 @@ float32, each result rounded once. Backward may write h again, for the gradient 
 anew it costs a store, kept it would cost M numbers a token from forward to backward.
 
 Without quantization a program takes one piece of one row. With it the row's largest magnitude must be known
-before anything is quantized, so one program takes a whole row twice: too wide for registers (3M numbers of
-input), it is still in the L2 cache the second time. Rows are read past the L1 cache, which then keeps
-`column_scale`, the same for every row and wider than a row itself.
+before anything is quantized, so a program takes a whole row, piece after piece, and keeps the float32 result,
+M or 2M numbers, in its registers from the first reading to the last store. Backward that fills the registers
+of a multiprocessor, which would not read while its one program computes. So there programs stay for many rows,
+and as each piece is used up they ask for the same piece of their next row. Rows are read past the L1 cache,
+which then keeps `column_scale`, the same for every row and wider than a row itself.
 """
+
+from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -31,7 +36,20 @@ from hdl.kernels.quantize import (
 )
 
 PIECE = 1024  # columns of an unquantized program: 8 a thread, one 16-byte access a bfloat16 matrix
-PIECE_OF_ROW = 4096  # the same, of the many warps that share a quantized row
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """How a program takes a whole row, which it does to quantize it."""
+
+    piece: int  # columns at a time, a power of two; a row of M is best a multiple of it
+    warps: int
+    registers: int | None = None  # a thread, at most
+
+
+FORWARD = RowPlan(piece=2048, warps=8)
+BACKWARD = RowPlan(piece=4096, warps=32)
+BACKWARD_PROGRAMS: int | None = 1  # a multiprocessor, staying for many rows; None: one program a row
 
 
 def swiglu(gate_up: Tensor, *, out: Tensor | None = None, quantized: Rowwise | None = None) -> Tensor:
@@ -51,10 +69,12 @@ def swiglu(gate_up: Tensor, *, out: Tensor | None = None, quantized: Rowwise | N
         if quantized is not None:
             quantize_rows(h, into=quantized)
         return out.copy_(h)
-    block, pieces, options = _pieces(M, quantized is not None)
-    _forward_kernel[(S * pieces,)](
-        gate_up, out, *parts(quantized), M, stride, out_stride, pieces, block, **options
-    )
+    if quantized is not None:
+        piece, options = _row(FORWARD, M)
+        _forward_row_kernel[(S,)](gate_up, out, *parts(quantized), M, stride, out_stride, piece, **options)
+        return out
+    block, pieces, options = _pieces(M)
+    _forward_kernel[(S * pieces,)](gate_up, out, M, stride, out_stride, pieces, block, **options)
     return out
 
 
@@ -62,8 +82,6 @@ def swiglu(gate_up: Tensor, *, out: Tensor | None = None, quantized: Rowwise | N
 def _forward_kernel(
     gate_up: tl.tensor,
     out: tl.tensor,
-    values: tl.tensor,
-    scale: tl.tensor,
     M: tl.constexpr,
     STRIDE: tl.constexpr,
     OUT_STRIDE: tl.constexpr,
@@ -71,40 +89,45 @@ def _forward_kernel(
     BLOCK: tl.constexpr,
 ) -> None:
     row = (tl.program_id(0) // PIECES).to(tl.int64)
-    piece = tl.arange(0, BLOCK)
-    gate_up += row * STRIDE
-    out += row * OUT_STRIDE
-    if values is None:
-        columns = (tl.program_id(0) % PIECES) * BLOCK + piece
-        inside = columns < M
-        gate = tl.load(gate_up + columns, mask=inside, other=0.0)
-        up = tl.load(gate_up + M + columns, mask=inside, other=0.0)
-        tl.store(out + columns, _gated(gate, up).to(gate.dtype), mask=inside)
-    else:
-        peaks = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, M, BLOCK):
-            columns = start + piece
-            inside = columns < M
-            gate = tl.load(gate_up + columns, mask=inside, other=0.0, cache_modifier=".cg")
-            up = tl.load(gate_up + M + columns, mask=inside, other=0.0, cache_modifier=".cg")
-            peaks = tl.maximum(peaks, tl.abs(_gated(gate, up)))
-        peak = tl.max(peaks, axis=0)
-        tl.store(scale + row, scale_of(peak))
-        values += row * M
-        for start in range(0, M, BLOCK):
-            columns = start + piece
-            inside = columns < M
-            gate = tl.load(gate_up + columns, mask=inside, other=0.0, cache_modifier=".cg")
-            up = tl.load(gate_up + M + columns, mask=inside, other=0.0, cache_modifier=".cg")
-            h = _gated(gate, up)
-            tl.store(out + columns, h.to(gate.dtype), mask=inside)
-            tl.store(values + columns, to_e4m3(h, peak), mask=inside)
+    columns = (tl.program_id(0) % PIECES) * BLOCK + tl.arange(0, BLOCK)
+    _gated(gate_up + row * STRIDE, out + row * OUT_STRIDE, columns, M)
 
 
 @triton.jit
-def _gated(gate: tl.tensor, up: tl.tensor) -> tl.tensor:
-    gate = gate.to(tl.float32)
-    return gate * tl.sigmoid(gate) * up.to(tl.float32)
+def _forward_row_kernel(
+    gate_up: tl.tensor,
+    out: tl.tensor,
+    values: tl.tensor,
+    scale: tl.tensor,
+    M: tl.constexpr,
+    STRIDE: tl.constexpr,
+    OUT_STRIDE: tl.constexpr,
+    PIECE: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    piece = tl.arange(0, PIECE)
+    kept: tl.tuple = ()
+    peaks = tl.zeros([PIECE], tl.float32)
+    for start in tl.static_range(0, M, PIECE):
+        h = _gated(gate_up + row * STRIDE, out + row * OUT_STRIDE, start + piece, M)
+        peaks = tl.maximum(peaks, tl.abs(h))
+        kept += (h,)
+    peak = tl.max(peaks, axis=0)
+    tl.store(scale + row, scale_of(peak))
+    for start in tl.static_range(0, M, PIECE):
+        columns = start + piece
+        tl.store(values + row * M + columns, to_e4m3(kept[start // PIECE], peak), mask=columns < M)
+
+
+@triton.jit
+def _gated(gate_up: tl.tensor, out: tl.tensor, columns: tl.tensor, M: tl.constexpr) -> tl.tensor:
+    """h of these columns of a row, float32; stored to out. 0 outside of the row."""
+    inside = columns < M
+    gate = tl.load(gate_up + columns, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float32)
+    up = tl.load(gate_up + M + columns, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float32)
+    h = gate * tl.sigmoid(gate) * up
+    tl.store(out + columns, h.to(out.dtype.element_ty), mask=inside)
+    return h
 
 
 def swiglu_backward(
@@ -141,20 +164,26 @@ def swiglu_backward(
         if quantized is not None:
             quantize_rows(dgate_up, column_scale, quantized)
         return out.copy_(dgate_up)
-    block, pieces, options = _pieces(M, quantized is not None)
-    _backward_kernel[(S * pieces,)](
-        dh,
-        gate_up,
-        out,
-        h,
-        column_scale,
-        *parts(quantized),
-        M,
-        *strides,
-        pieces,
-        block,
-        **options,
-    )
+    if quantized is not None:
+        piece, options = _row(BACKWARD, M)
+        programs = min(S, (BACKWARD_PROGRAMS or S) * _multiprocessors(dh.device))
+        _backward_rows_kernel[(programs,)](
+            dh,
+            gate_up,
+            out,
+            h,
+            column_scale,
+            *parts(quantized),
+            S,
+            M,
+            *strides,
+            piece,
+            programs < S,
+            **options,
+        )
+        return out
+    block, pieces, options = _pieces(M)
+    _backward_kernel[(S * pieces,)](dh, gate_up, out, h, M, *strides, pieces, block, **options)
     return out
 
 
@@ -164,9 +193,6 @@ def _backward_kernel(
     gate_up: tl.tensor,
     out: tl.tensor,
     h: tl.tensor,
-    column_scale: tl.tensor,
-    values: tl.tensor,
-    scale: tl.tensor,
     M: tl.constexpr,
     DH_STRIDE: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -176,70 +202,126 @@ def _backward_kernel(
     BLOCK: tl.constexpr,
 ) -> None:
     row = (tl.program_id(0) // PIECES).to(tl.int64)
-    piece = tl.arange(0, BLOCK)
-    dh += row * DH_STRIDE
-    gate_up += row * STRIDE
-    out += row * OUT_STRIDE
-    if h is not None:
-        h += row * H_STRIDE
-    if values is None:
-        columns = (tl.program_id(0) % PIECES) * BLOCK + piece
-        _gated_backward(dh, gate_up, out, h, columns, M)
-    else:
-        peaks = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, M, BLOCK):
+    columns = (tl.program_id(0) % PIECES) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < M
+    inputs = _inputs(dh + row * DH_STRIDE, gate_up + row * STRIDE, columns, inside, M)
+    _gradients(inputs, out, h, row * OUT_STRIDE, row * H_STRIDE, columns, inside, M)
+
+
+@triton.jit(do_not_specialize=["S"])
+def _backward_rows_kernel(
+    dh: tl.tensor,
+    gate_up: tl.tensor,
+    out: tl.tensor,
+    h: tl.tensor,
+    column_scale: tl.tensor,
+    values: tl.tensor,
+    scale: tl.tensor,
+    S: tl.tensor,
+    M: tl.constexpr,
+    DH_STRIDE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    OUT_STRIDE: tl.constexpr,
+    H_STRIDE: tl.constexpr,
+    PIECE: tl.constexpr,
+    STAYS: tl.constexpr,
+) -> None:
+    piece = tl.arange(0, PIECE)
+    row = tl.program_id(0).to(tl.int64)
+    ahead: tl.tuple = ()
+    for start in tl.static_range(0, M, PIECE):
+        columns = start + piece
+        ahead += (_inputs(dh + row * DH_STRIDE, gate_up + row * STRIDE, columns, columns < M, M),)
+    for index in range(tl.program_id(0), S, tl.num_programs(0)):
+        row = tl.cast(index, tl.int64)
+        inputs = ahead
+        if STAYS:
+            ahead = ()
+        dgates: tl.tuple = ()
+        dups: tl.tuple = ()
+        peaks = tl.zeros([PIECE], tl.float32)
+        for start in tl.static_range(0, M, PIECE):
             columns = start + piece
-            dgate, dup = _gated_backward(dh, gate_up, None, None, columns, M)
-            dgate, dup = _scaled(dgate, dup, column_scale, columns, M)
+            inside = columns < M
+            dgate, dup = _gradients(
+                inputs[start // PIECE], out, h, row * OUT_STRIDE, row * H_STRIDE, columns, inside, M
+            )
+            if STAYS:
+                next_row = row + tl.num_programs(0)
+                next_inside = inside & (next_row < S)
+                ahead += (
+                    _inputs(dh + next_row * DH_STRIDE, gate_up + next_row * STRIDE, columns, next_inside, M),
+                )
+            if column_scale is not None:
+                dgate *= tl.load(column_scale + columns, mask=inside, other=0.0, eviction_policy="evict_last")
+                dup *= tl.load(
+                    column_scale + M + columns, mask=inside, other=0.0, eviction_policy="evict_last"
+                )
             peaks = tl.maximum(peaks, tl.maximum(tl.abs(dgate), tl.abs(dup)))
+            dgates += (dgate,)
+            dups += (dup,)
         peak = tl.max(peaks, axis=0)
         tl.store(scale + row, scale_of(peak))
-        values += row * 2 * M
-        for start in range(0, M, BLOCK):
-            columns = start + piece
-            dgate, dup = _gated_backward(dh, gate_up, out, h, columns, M)
-            dgate, dup = _scaled(dgate, dup, column_scale, columns, M)
-            tl.store(values + columns, to_e4m3(dgate, peak), mask=columns < M)
-            tl.store(values + M + columns, to_e4m3(dup, peak), mask=columns < M)
+        for start in tl.static_range(0, M, PIECE):
+            to = values + row * 2 * M + start + piece
+            inside = start + piece < M
+            tl.store(to, to_e4m3(dgates[start // PIECE], peak), mask=inside)
+            tl.store(to + M, to_e4m3(dups[start // PIECE], peak), mask=inside)
 
 
 @triton.jit
-def _gated_backward(
-    dh: tl.tensor, gate_up: tl.tensor, out: tl.tensor, h: tl.tensor, columns: tl.tensor, M: tl.constexpr
-) -> tl.tensor:
-    """dgate and dup of these columns of a row, float32; stored to out, and h to h, where they are not None."""
-    inside = columns < M
-    dh_piece = tl.load(dh + columns, mask=inside, other=0.0, cache_modifier=".cg")
-    gate = tl.load(gate_up + columns, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float32)
-    up = tl.load(gate_up + M + columns, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float32)
-    dh_float = dh_piece.to(tl.float32)
+def _inputs(
+    dh: tl.tensor, gate_up: tl.tensor, columns: tl.tensor, inside: tl.tensor, M: tl.constexpr
+) -> tl.tuple:
+    """dh, gate and up of these columns of a row, as they are stored."""
+    return (
+        tl.load(dh + columns, mask=inside, other=0.0, cache_modifier=".cg"),
+        tl.load(gate_up + columns, mask=inside, other=0.0, cache_modifier=".cg"),
+        tl.load(gate_up + M + columns, mask=inside, other=0.0, cache_modifier=".cg"),
+    )
+
+
+@triton.jit
+def _gradients(
+    inputs: tl.tuple,
+    out: tl.tensor,
+    h: tl.tensor,
+    out_row: tl.tensor,
+    h_row: tl.tensor,
+    columns: tl.tensor,
+    inside: tl.tensor,
+    M: tl.constexpr,
+) -> tl.tuple:
+    """dgate and dup of these columns of a row, float32; stored to out, and h where it is not None."""
+    dh, gate, up = inputs
+    dh = dh.to(tl.float32)
+    gate = gate.to(tl.float32)
+    up = up.to(tl.float32)
     s = tl.sigmoid(gate)
     silu = gate * s
-    dgate = dh_float * up * (s + silu * (1.0 - s))
-    dup = dh_float * silu
-    if out is not None:
-        tl.store(out + columns, dgate.to(dh_piece.dtype), mask=inside)
-        tl.store(out + M + columns, dup.to(dh_piece.dtype), mask=inside)
+    dgate = dh * up * (s + silu * (1.0 - s))
+    dup = dh * silu
+    tl.store(out + out_row + columns, dgate.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + out_row + M + columns, dup.to(out.dtype.element_ty), mask=inside)
     if h is not None:
-        tl.store(h + columns, (silu * up).to(dh_piece.dtype), mask=inside)
+        tl.store(h + h_row + columns, (silu * up).to(h.dtype.element_ty), mask=inside)
     return dgate, dup
 
 
-@triton.jit
-def _scaled(
-    dgate: tl.tensor, dup: tl.tensor, column_scale: tl.tensor, columns: tl.tensor, M: tl.constexpr
-) -> tl.tensor:
-    if column_scale is not None:
-        inside = columns < M
-        dgate *= tl.load(column_scale + columns, mask=inside, other=0.0, eviction_policy="evict_last")
-        dup *= tl.load(column_scale + M + columns, mask=inside, other=0.0, eviction_policy="evict_last")
-    return dgate, dup
+def _pieces(M: int) -> tuple[int, int, dict[str, int]]:
+    """Columns of a program, programs a row, and the launch's options."""
+    block = min(triton.next_power_of_2(M), PIECE)
+    return block, triton.cdiv(M, block), {"num_warps": max(block // 256, 1)}
 
 
-def _pieces(M: int, whole_row: bool) -> tuple[int, int, dict[str, int]]:
-    """Columns a step of a program, programs a row, and the launch's options."""
-    block = min(triton.next_power_of_2(M), PIECE_OF_ROW if whole_row else PIECE)
-    warps = max(block // 256, 1)
-    if whole_row:  # so few registers that two programs share a multiprocessor: one reads while one writes
-        return block, 1, {"num_warps": warps, "maxnreg": 64}
-    return block, triton.cdiv(M, block), {"num_warps": warps}
+def _row(plan: RowPlan, M: int) -> tuple[int, dict[str, int]]:
+    """Columns at a time of a program that takes whole rows, and the launch's options."""
+    piece = min(triton.next_power_of_2(M), plan.piece)
+    options = {"num_warps": max(plan.warps * piece // plan.piece, 1)}
+    return piece, options if plan.registers is None else {**options, "maxnreg": plan.registers}
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    """In the interpreter 2, so that a program takes several rows there too."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

@@ -207,5 +207,5 @@ class O1(nn.Module):
         m = self.model
         time = m.t_embedder1(t)
         x = torch.cat([text.to(time.dtype), time, m.x_embedder(z.to(time.dtype))])[layout.order]
-        hidden = m.language_model(x, layout)[layout.patch_index]
+        hidden = m.language_model(x, layout).index_select(0, layout.patch_index)
         return m.final_layer2(hidden) if measure is None else measure(hidden, m.final_layer2)

@@ -1,7 +1,6 @@
 """What a run shows while it runs: TensorBoard curves and pictures, and a progress bar, on rank 0."""
 
 import statistics
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,17 +11,21 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from hdl.sample.grid import as_tensor
+from hdl.transfer import send
 
 BANDS = 4  # noise levels are reported in equal bands of sigma
 
 
 def band_sums(sigmas: Tensor, errors: Tensor) -> Tensor:
-    """float64 [2, BANDS]: the summed x0 error and the number of samples in each band of sigma."""
+    """float64 [2, BANDS]: the summed x0 error and the number of samples in each band of sigma.
+
+    sigmas: float32 [B] in host memory; errors: float32 [B] anywhere, and there the sums are. The host does
+    not wait for them.
+    """
     band = (sigmas * BANDS).long().clamp(max=BANDS - 1)
-    sums = torch.zeros(2, BANDS, dtype=torch.float64)
-    sums[0].index_add_(0, band, errors.double())
-    sums[1].index_add_(0, band, torch.ones_like(errors, dtype=torch.float64))
-    return sums
+    belongs = send(band[:, None] == torch.arange(BANDS), errors.device)
+    sums = torch.where(belongs, errors.double()[:, None], 0.0).sum(dim=0)
+    return torch.stack([sums, belongs.double().sum(dim=0)])
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class StepReport:
     lr: float
     images: int
     tokens: int
+    seconds: float
     peak_memory: float  # GiB allocated on rank 0's GPU; on a CPU, of the process
 
 
@@ -44,14 +48,12 @@ class Reporter:
     def __init__(self, folder: Path, first_step: int, steps: int) -> None:
         self.writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
         self.bar = tqdm(total=steps, initial=first_step, desc="training", unit="step", dynamic_ncols=True)
-        self._since = time.perf_counter()
         self._seconds: list[float] = []
         self._last: StepReport | None = None
 
     def step(self, step: int, report: StepReport) -> None:
         """Report the step that brought the run to `step` steps."""
-        now = time.perf_counter()
-        seconds, self._since = now - self._since, now
+        seconds = report.seconds
         self._seconds.append(seconds)
         self._last = report
         scalars = {
@@ -75,12 +77,11 @@ class Reporter:
 
     def picture(self, step: int, image: Image.Image) -> None:
         self.writer.add_image("validation", as_tensor(image), step, dataformats="HWC")
-        self.restart_clock()
+        self.flush()
 
-    def restart_clock(self) -> None:
-        """Leave what was done between two steps (drawing, saving) out of the speed."""
+    def flush(self) -> None:
+        """Everything reported so far is on disk."""
         self.writer.flush()
-        self._since = time.perf_counter()
 
     def say(self, line: str) -> None:
         self.bar.write(line)

@@ -58,9 +58,12 @@ Launch = Callable[..., Finished]
 
 @pytest.fixture
 def launch(shards: Path, tiny_base: Path, tmp_path: Path) -> Launch:
-    """Start train.py on `processes` processes (1: without torchrun) and wait for its end."""
+    """Start train.py on `processes` processes (1: without torchrun) and wait for its end. script: another
+    one in its place."""
 
-    def start(output: str = "run", processes: int = 1, **options: object) -> Finished:
+    def start(
+        output: str = "run", processes: int = 1, script: str | Path = "train.py", **options: object
+    ) -> Finished:
         described: dict[str, dict[str, object]] = {
             "model": {"base": str(tiny_base)},
             "data": {"shards": str(shards)},
@@ -82,9 +85,15 @@ def launch(shards: Path, tiny_base: Path, tmp_path: Path) -> Launch:
             starter = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
             starter += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
         done = subprocess.run(
-            [*starter, "train.py", str(config), *flags],
+            [*starter, str(script), str(config), *flags],
             cwd=REPOSITORY,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TRITON_INTERPRET": "0"},
+            env=os.environ
+            | {
+                "OMP_NUM_THREADS": "1",
+                "DS_ACCELERATOR": "cpu",
+                "TRITON_INTERPRET": "0",
+                "PYTHONPATH": str(REPOSITORY),
+            },
             capture_output=True,
             text=True,
             timeout=600,

@@ -111,6 +111,66 @@ def test_a_loss_that_is_not_finite_stops_the_run(launch: Launch, poisoned: tuple
     assert all(torch.isfinite(w).all() for w in weights.values())
 
 
+SPOILED = """
+import itertools, train
+import hdl.engine.loop as loop
+
+def shard(model, *others, really=loop.shard):
+    gradients = itertools.count(1)
+    [*_, last] = (p for p in model.parameters() if p.requires_grad)
+    last.register_hook(lambda gradient: gradient * float("inf" if next(gradients) == 3 else 1))
+    return really(model, *others)
+
+loop.shard = shard
+train.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("dtype", "every", "kept"), [("bfloat16", 2, ["step-000002"]), ("float32", 3, []), ("bfloat16", 3, [])]
+)
+def test_a_gradient_that_is_not_finite_stops_the_run_before_anything_is_kept_of_it(
+    launch: Launch, tmp_path: Path, dtype: str, every: int, kept: list[str]
+) -> None:
+    (tmp_path / "spoiled.py").write_text(SPOILED)
+    pictures = {"prompts": ["a cat"], "every": every, "height": 32, "width": 32, "steps": 2}
+    run = launch(
+        script=tmp_path / "spoiled.py", model__dtype=dtype, train__steps=9, save__every=every,
+        **{f"validation__{name}": value for name, value in pictures.items()},
+    )  # fmt: skip
+    assert run.status != 0
+    assert "the gradient of step 3 is not finite" in run.printed, run.printed
+    assert [p.name for p in (run.output / "checkpoints").glob("*")] == kept
+    drawn = sorted(p.name for p in (run.output / "pictures").iterdir())
+    assert drawn == [f"{name}.png" for name in ["step-000000", *kept]]
+    assert not (run.output / "adapter").exists()
+    assert run.curve("loss").keys() == run.curve("grad_norm").keys() == {1, 2}
+
+
+UNREADABLE = """
+import train
+from hdl.data.batches import Batches
+from hdl.errors import HdlError
+
+def of_step(self, step, really=Batches.of_step):
+    if step == 3:
+        raise HdlError("a shard is gone")
+    return really(self, step)
+
+Batches.of_step = of_step
+train.main()
+"""
+
+
+def test_curves_reach_the_last_step_before_a_sample_that_cannot_be_read(
+    launch: Launch, tmp_path: Path
+) -> None:
+    (tmp_path / "unreadable.py").write_text(UNREADABLE)
+    run = launch(script=tmp_path / "unreadable.py", train__steps=9, save__every=100)
+    assert run.status == 1 and "a shard is gone" in run.printed
+    assert run.curve("loss").keys() == run.curve("grad_norm").keys() == {1, 2, 3}
+
+
 def test_a_damaged_shard_stops_the_run_before_it_starts(launch: Launch, shards: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "damaged"
     shutil.copytree(shards, damaged)

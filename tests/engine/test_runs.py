@@ -115,6 +115,20 @@ def test_pictures_are_those_of_the_saved_adapter(
         assert np.abs(sheet[top : top + 192, 112:208] - enlarged).max() <= 3
 
 
+def test_every_step_is_reported_under_its_own_number(launch: Launch) -> None:
+    """Whether it is looked at right after it was taken, before a save, or only while the next is computed."""
+    each = launch("each", save__every=1, train__steps=5)
+    never = launch("never", save__every=100, train__steps=5)
+    assert each.status == never.status == 0, each.printed + never.printed
+    for name in ("loss", "grad_norm", "lr", "x0_error/sigma_0.00-0.25"):
+        assert each.curve(name).keys() == {1, 2, 3, 4, 5}, name
+        assert each.curve(name) == never.curve(name), name
+    assert len(set(each.curve("loss").values())) == len(set(each.curve("grad_norm").values())) == 5
+    speed, pace = (never.curve(f"speed/{name}") for name in ("images_per_second", "seconds_per_step"))
+    assert all(speed[step] == pytest.approx(4 / pace[step], rel=1e-5) for step in range(1, 6))
+    assert "5 steps, median" in each.printed and "5 steps, median" in never.printed
+
+
 def test_resuming_continues_as_if_nothing_had_happened(launch: Launch) -> None:
     """Dropout, schedule, data and noise included; saved on two ranks with ZeRO-3, resumed on one with ZeRO-2."""
     options = {"lora__dropout": 0.0, "train__schedule": "cosine", "data__caption_dropout": 0.5}

@@ -8,7 +8,7 @@ from torch import Tensor
 from hdl.config import Flow
 from hdl.data.batches import pack
 from hdl.data.shards import Sample
-from hdl.flow.loss import loss_weights, patch_errors, velocity, x0_errors
+from hdl.flow.loss import X0Error, loss_weights, patch_errors, velocity
 from hdl.flow.noise import VARIANTS, add_noise, clip_noise, noise_keys
 from hdl.flow.sigma import draw_sigmas, shift_sigma
 from hdl.flow.step import flow_matching_loss
@@ -183,7 +183,7 @@ def test_a_weight_that_is_elsewhere_is_fetched_by_its_module() -> None:
     """ZeRO-3 leaves an empty weight behind, and fills it in for the time of the module's own call."""
     head = Head(TINY).requires_grad_(False)
     hidden, pixels = torch.randn(2, 32), torch.randint(0, 256, (2, 3072), dtype=torch.uint8)
-    expected = x0_errors(hidden, head, pixels)
+    expected = X0Error(pixels)(hidden, head)
     assert torch.allclose(expected, patch_errors(head(hidden), to_model(pixels)), rtol=1e-5)
 
     weight, whole = head.linear.weight, head.linear.weight.data
@@ -196,4 +196,4 @@ def test_a_weight_that_is_elsewhere_is_fetched_by_its_module() -> None:
     head.linear.register_forward_hook(lambda *_: put(torch.empty(0)))
     for before in (torch.empty(0), torch.zeros_like(whole)):  # not asked for yet; on its way
         put(before)
-        assert torch.allclose(x0_errors(hidden, head, pixels), expected, rtol=1e-5)
+        assert torch.allclose(X0Error(pixels)(hidden, head), expected, rtol=1e-5)

@@ -192,7 +192,10 @@ def test_frozen_weights_are_stored_once() -> None:
     model = adapted_model(SMALL)
     fuse(model)
     attention = model.get_base_model().model.language_model.layers[1].self_attn  # type: ignore[union-attr,operator]
-    storages = {p.base_layer.weight.untyped_storage().data_ptr() for p in (attention.q_proj, attention.k_proj, attention.v_proj)}
+    storages = {
+        p.base_layer.weight.untyped_storage().data_ptr()
+        for p in (attention.q_proj, attention.k_proj, attention.v_proj)
+    }
     assert len(storages) == 1
 
 

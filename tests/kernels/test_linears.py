@@ -41,11 +41,15 @@ def filled(buffer: Buffer, values: Tensor, linear: PackedLinear) -> Buffer:
     buffer.wide.fill_(float("nan"))  # what is not written must not be read
     buffer.values.copy_(values)
     if buffer.rows is not None:
-        quantize_rows(values, column_scale=linear.gradient_scale if buffer.width == linear.n else None, into=buffer.rows)
+        quantize_rows(
+            values, column_scale=linear.gradient_scale if buffer.width == linear.n else None, into=buffer.rows
+        )
     return buffer
 
 
-def run(linear: PackedLinear, x: Tensor, dy: Tensor, plus: Tensor | None) -> tuple[Tensor, Tensor, list[Tensor]]:
+def run(
+    linear: PackedLinear, x: Tensor, dy: Tensor, plus: Tensor | None
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     AdapterCopies(linear.copies()).refresh()
     x_in = filled(linear.input_buffer(len(x)), x, linear)
     linear.lower_input(x_in)

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hdl.kernels.swiglu import swiglu, swiglu_backward
+from hdl.kernels.swiglu import _multiprocessors, swiglu, swiglu_backward
 from tests.kernels.helpers import (
+    DEVICE,
     DTYPES,
     Slice,
     assert_close,
@@ -71,6 +72,33 @@ def test_backward(shape: tuple[int, int], quantize: str, dtype: torch.dtype) -> 
         assert_quantizes(rows, exact if column_scale is None else exact * column_scale.double())
     if quantize != "scaled":
         assert_close(swiglu_backward(dh, gate_up, quantized=rows), exact, close)
+
+
+@over_dtypes
+def test_many_more_rows_than_programs(dtype: torch.dtype) -> None:
+    S, M = 5 * _multiprocessors(DEVICE) + 1, 4104  # some programs take a row more than others
+    row_size = torch.logspace(-3, 3, S, dtype=torch.float64, device=DEVICE)[:, None]  # none fits a neighbour
+    gate_up, dh = draw(S, 2 * M, dtype=dtype, seed=4), (draw(S, M, seed=5) * row_size).to(dtype)
+    gate_up[:, M:] *= row_size.to(dtype)
+    column_scale = draw(2 * M, seed=6).exp()
+    rows, dgate_up_rows = poisoned_rows(S, M), poisoned_rows(S, 2 * M)
+    exact = formula(gate_up.double())
+    [exact_gradient] = gradients(formula, [gate_up.double()], dh.double())
+    [close_gradient] = gradients(formula, [gate_up], dh)
+    out, h = Slice(S, 2 * M, dtype), Slice(S, M, dtype)
+    swiglu_backward(
+        sliced(dh),
+        sliced(gate_up),
+        out=out.view,
+        h=h.view,
+        quantized=dgate_up_rows,
+        column_scale=column_scale,
+    )
+    for got in (h.view, swiglu(sliced(gate_up), quantized=rows)):
+        assert_close(got, exact, formula(gate_up))
+    assert_close(out.view, exact_gradient, close_gradient)
+    assert_quantizes(rows, exact)
+    assert_quantizes(dgate_up_rows, exact_gradient * column_scale.double())
 
 
 def test_one_half_may_hold_the_largest_of_the_row() -> None:

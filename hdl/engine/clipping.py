@@ -1,0 +1,47 @@
+"""DeepSpeed's clipping under ZeRO 1 and 2, without its waits for the GPU.
+
+DeepSpeed 0.19 computes in optimizer.step()
+
+    norm = sqrt(sum of g^2 over all ranks' gradients),    g <- g / max(1, (norm + 1e-6) / clip)
+
+but stops the host twice on the way, to mask and to look for a norm that is not finite, and converts the
+whole gradient to float64 first. Here the same is computed where the gradients are. Such a norm is nobody's
+concern in there: hdl reads it later, and stops before anything is kept that came of it.
+"""
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed import DeepSpeedEngine
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor
+
+
+def clip_without_waiting(engine: DeepSpeedEngine) -> None:
+    """Give the engine's optimizer these; other kinds (ZeRO-3, moments in host memory) keep their own."""
+    optimizer = engine.optimizer
+    if isinstance(optimizer, DeepSpeedZeroOptimizer) and not optimizer.cpu_offload:
+        optimizer.scaled_global_norm = partial(_global_norm, optimizer)
+        optimizer.unscale_and_clip_grads = partial(_clip, optimizer.clip_grad)
+
+
+def _global_norm(optimizer: Any) -> Tensor:
+    """float32, on the device; inf or NaN where a gradient is."""
+    gradients = [
+        g for group in range(len(optimizer.bit16_groups)) for g in optimizer.averaged_gradients[group]
+    ]
+    norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
+    squares = torch.stack(norms).square().sum()
+    if dist.get_world_size(optimizer.dp_process_group) > 1:
+        dist.all_reduce(squares, group=optimizer.dp_process_group)
+    return squares.sqrt()
+
+
+def _clip(largest: float, gradients: Iterable[Tensor], norm: Tensor) -> None:
+    if largest > 0:
+        factor = ((norm + 1e-6) / largest).clamp(min=1.0).reciprocal()
+        for gradient in gradients:
+            gradient.mul_(factor)

@@ -1,0 +1,111 @@
+"""A training step, taken without waiting for the GPU more than is needed.
+
+Everything is queued as early as it can be:
+
+    forward -> what the step measures starts towards the host -> backward -> the optimizer -> the norm starts
+
+The host waits for the first of the two while backward runs, so it can look at the loss before the
+optimizer steps and has queued the optimizer long before backward ends. The norm it may read whenever it
+likes: best when the next step's backward has been queued.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hdl.config import Flow
+from hdl.data.batches import Batch
+from hdl.engine.processes import Processes
+from hdl.flow.noise import Variant
+from hdl.flow.step import flow_matching_loss
+from hdl.report.curves import band_sums
+from hdl.seeds import derive_seed, seeded
+from hdl.transfer import Reading
+
+
+class Engine(Protocol):
+    """What is used of DeepSpeed's engine: step() after every backward, which updates after a step's last."""
+
+    __call__: Callable[..., Tensor]
+
+    def backward(self, loss: Tensor) -> object: ...
+
+    def step(self) -> object: ...
+
+    def get_global_grad_norm(self) -> Tensor | float | None: ...
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a step says of itself, summed over micro-batches and ranks."""
+
+    loss: float
+    tokens: int
+    bands: Tensor  # from band_sums
+
+    @classmethod
+    def read(cls, reading: Reading) -> "Measured":
+        """Waits for a `forward_backward`'s numbers."""
+        values = reading.wait()
+        return cls(float(values[0]), int(values[1]), values[2:].view(2, -1))
+
+
+class TrainStep:
+    """An engine's steps: `forward_backward` and, if its numbers are to be trained on, `update`."""
+
+    def __init__(
+        self, engine: Engine, processes: Processes,
+        *, variant: Variant, flow: Flow, seed: int, dropout: float, dtype: torch.dtype, fused: bool,
+    ) -> None:  # fmt: skip
+        """variant, flow, seed, dtype, fused: as flow_matching_loss takes them; dropout: the adapter's."""
+        self.engine, self.processes = engine, processes
+        self.variant, self.flow, self.seed = variant, flow, seed
+        self.dropout, self.dtype, self.fused = dropout, dtype, fused
+
+    def forward_backward(self, step: int, batches: Sequence[Batch], sigmas: Tensor) -> Reading:
+        """Queue a step's gradient; its numbers, for `Measured.read`, arrive when its forward passes are done.
+
+        batches: this rank's micro-batches, in host memory; sigmas: float32 [global batch].
+        """
+        device = self.processes.device
+        measured: Tensor | None = None
+        with self._own_dropout(step):
+            for i, batch in enumerate(batches):
+                last = i == len(batches) - 1
+                loss, errors = flow_matching_loss(
+                    self.engine, batch.to(device), sigmas, step,
+                    variant=self.variant, flow=self.flow, seed=self.seed, fused=self.fused, dtype=self.dtype,
+                )  # fmt: skip
+                part = _measured(loss, batch, sigmas, errors)
+                measured = part if measured is None else measured + part
+                if last:
+                    reading = Reading(self.processes.sum(measured), device)
+                # DeepSpeed averages gradients over ranks and micro-batches; `loss` is a part of a sum.
+                self.engine.backward(loss * (self.processes.world * len(batches)))
+                if not last:
+                    self.engine.step()
+        return reading
+
+    def update(self) -> Reading:
+        """Queue the optimizer, on the gradient of the last `forward_backward`; the gradient's norm, float64."""
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        norm = torch.as_tensor(0.0 if norm is None else norm, dtype=torch.float64)
+        return Reading(norm, self.processes.device)
+
+    def _own_dropout(self, step: int) -> AbstractContextManager[None]:
+        if not self.dropout:
+            return nullcontext()  # nothing draws from torch's generators, and keeping them takes time
+        return seeded(derive_seed(self.seed, "dropout", step, self.processes.rank))
+
+
+def _measured(loss: Tensor, batch: Batch, sigmas: Tensor, errors: Tensor) -> Tensor:
+    """What adds up over micro-batches and ranks, in one float64 vector on the loss's device: loss, tokens,
+    then band_sums, flattened."""
+    tokens = torch.full((1,), batch.layout.tokens, dtype=torch.float64, device=loss.device)
+    sums = band_sums(sigmas[batch.places], errors)
+    return torch.cat([loss.detach().double().view(1), tokens, sums.flatten()])
