@@ -45,14 +45,14 @@ def main() -> None:
     samples = all_cases(args.tiny)[args.case].samples(args.seed, checkpoint.config.hidden_size)
     lora = Lora(rank=args.rank, alpha=args.rank)
     print(
-        "| sigma | path | x_pred error | from plain | worst gradient error | lowest cosine | mean | lowest from plain |"
+        "| sigma | path | x_pred error | from plain | worst gradient error | lowest cosine | mean | lowest from plain | whose |"
     )
-    print("|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|")
     for sigma in args.sigma:
         for d in distances(checkpoint, samples, lora, sigma, device, args.seed):
             print(
                 f"| {sigma} | {d.path} | {d.x_pred:.2e} | {d.x_pred_from_plain:.2e} | {d.worst_gradient_error:.2e} | "
-                f"{d.lowest_cosine:.5f} | {d.mean_cosine:.5f} | {d.lowest_cosine_from_plain:.5f} |",
+                f"{d.lowest_cosine:.5f} | {d.mean_cosine:.5f} | {d.lowest_cosine_from_plain:.5f} | {d.lowest} |",
                 flush=True,
             )
 

@@ -16,7 +16,7 @@ in every published figure of this model's trainers.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -98,7 +98,7 @@ def packs(samples: Sequence[Sample], together: bool, pin: bool) -> list[Batch]:
     groups = [places] if together else [[place] for place in places]
     batches = [pack([samples[place] for place in group], group, patches) for group in groups]
     if pin:
-        batches = [replace(b, text=b.text.pin_memory(), patches=b.patches.pin_memory()) for b in batches]
+        batches = [b.pinned() for b in batches]
     return batches
 
 

@@ -42,6 +42,7 @@ class Distance:
     lowest_cosine: float
     mean_cosine: float
     lowest_cosine_from_plain: float
+    lowest: str  # whose that is
 
 
 Answer = tuple[Tensor, dict[str, Tensor]]
@@ -61,7 +62,9 @@ def distances(
     for path in PATHS:
         answer = _answer(path, checkpoint, samples, lora, sigma, device, seed)
         plain = answer if path == "plain" else plain
-        cosines = _cosines(answer[1], reference[1])
+        cosines = _cosines(answer[1], reference[1]).values()
+        from_plain = _cosines(answer[1], plain[1])
+        lowest = min(from_plain, key=from_plain.__getitem__)
         yield Distance(
             path,
             _distance(answer[0], reference[0]),
@@ -69,7 +72,8 @@ def distances(
             max(_distance(g, reference[1][name]) for name, g in answer[1].items()),
             min(cosines),
             sum(cosines) / len(cosines),
-            min(_cosines(answer[1], plain[1])),
+            from_plain[lowest],
+            lowest.removeprefix("base_model.model.model.language_model."),
         )
 
 
@@ -120,5 +124,5 @@ def _distance(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-def _cosines(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[float]:
-    return [float(torch.cosine_similarity(a[n].flatten(), b[n].flatten(), dim=0)) for n in b]
+def _cosines(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, float]:
+    return {n: float(torch.cosine_similarity(a[n].flatten(), b[n].flatten(), dim=0)) for n in b}

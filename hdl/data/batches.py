@@ -35,6 +35,15 @@ class Batch:
     def patch_counts(self) -> list[int]:
         return [segment.patches for segment in self.layout.segments]
 
+    def pinned(self) -> "Batch":
+        """In page-locked memory, from which copying to a GPU does not wait."""
+        return replace(
+            self,
+            text=self.text.pin_memory(),
+            patches=self.patches.pin_memory(),
+            layout=self.layout.pinned(),
+        )
+
     def to(self, device: torch.device | str) -> "Batch":
         return replace(
             self,
@@ -110,7 +119,7 @@ class Batches:
             places = list(range(start, start + self.micro_batch_size))
             samples = [self._sample(indices[p], bool(dropped[p] < self.caption_dropout)) for p in places]
             batch = pack(samples, places, patches)
-            batches.append(self._pinned(batch) if self.pin_memory else batch)
+            batches.append(batch.pinned() if self.pin_memory else batch)
         return batches
 
     def _sample(self, index: int, without_caption: bool) -> Sample:
@@ -119,7 +128,3 @@ class Batches:
             empty = self.shards.empty
             sample = replace(sample, input_ids=empty.input_ids, text_embeds=empty.text_embeds)
         return sample
-
-    @staticmethod
-    def _pinned(batch: Batch) -> Batch:
-        return replace(batch, text=batch.text.pin_memory(), patches=batch.patches.pin_memory())

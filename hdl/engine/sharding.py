@@ -15,6 +15,7 @@ from torch import nn
 from transformers import get_scheduler
 
 from hdl.config import Train
+from hdl.engine.clipping import clip_without_waiting
 from hdl.engine.processes import Processes
 from hdl.errors import HdlError
 
@@ -90,7 +91,11 @@ def shard(
     optimizer = build_optimizer(train, parameters)
     kind = {"constant": "constant_with_warmup", "cosine": "cosine"}[train.schedule]
     scheduler = get_scheduler(kind, optimizer, train.warmup_steps, train.steps)
-    settings = read_strategy(train.deepspeed) | {
+    strategy = read_strategy(train.deepspeed)
+    if processes.world == 1 and strategy["zero_optimization"]["stage"] < 3:
+        # there is nothing to overlap, and for the right to it every backward waits for the GPU
+        strategy["zero_optimization"]["overlap_comm"] = False
+    settings = strategy | {
         "train_batch_size": train.batch_size,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
@@ -99,6 +104,7 @@ def shard(
         "bf16": {"enabled": dtype == torch.bfloat16, "check_grad_overflow": False},
         "zero_allow_untested_optimizer": True,  # bitsandbytes'
         "steps_per_print": 2**31,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the GPU twice a step
     }
     engine, *_ = deepspeed.initialize(
         model=model,
@@ -108,4 +114,5 @@ def shard(
         config=settings,
         dist_init_required=False,
     )
+    clip_without_waiting(engine)
     return engine

@@ -53,7 +53,7 @@ def fuse(adapted: PeftModel, *, fp8: bool = False, keep: str | list[str] = "ever
     decoder.forward = fused.forward  # type: ignore[method-assign]
     if list(trained_parameters(adapted)) == [FLAT]:  # else a gradient leaves the decoder at its input, too
         o1 = adapted.get_base_model()
-        o1.forward = Graphs(o1.forward, flat, fused.shared, fused.copies).forward
+        o1.forward = Graphs(o1.forward, flat, fused.shared, fused.copies, lambda: fused.last_run).forward
 
 
 def cannot_fuse(adapted: PeftModel) -> str | None:
@@ -85,10 +85,9 @@ class FusedDecoder:
     ) -> None:
         self.config = decoder.config
         self.norm = decoder.norm
-        self.flat = flat
         self.shared = Shared(flat)
         self.layers: list[FusedLayer] = []
-        self._last_run: tuple[Layout, Run] | None = None
+        self.last_run: tuple[Layout, Run] | None = None
         start = 0
         for layer, keep in zip(_decoder_layers(decoder), levels):
             below = self.layers[-1] if self.layers else None
@@ -102,18 +101,18 @@ class FusedDecoder:
         run = self._run_of(layout, x)
         if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
             self.copies.refresh()
-        x = Entrance.apply(x, self.flat, self.shared)  # type: ignore[no-untyped-call]
+        x = Entrance.apply(x, self.shared.leaf, self.shared)  # type: ignore[no-untyped-call]
         for layer in self.layers:
             x = layer(x, run)
         return FinalNorm.apply(x, self.norm)  # type: ignore[no-any-return,no-untyped-call]
 
     def _run_of(self, layout: Layout, x: Tensor) -> Run:
         """Made once for a layout that comes several times in a row: when sampling, or to be captured."""
-        if self._last_run is None or self._last_run[0] is not layout:
+        if self.last_run is None or self.last_run[0] is not layout:
             angles = rotary_angles(layout.positions, self.config)
             run = Run(angles.cos(), angles.sin(), run_attention(layout, x.device, x.dtype))
-            self._last_run = (layout, run)
-        return self._last_run[1]
+            self.last_run = (layout, run)
+        return self.last_run[1]
 
 
 class FinalNorm(torch.autograd.Function):

@@ -37,15 +37,22 @@ class Captured:
     d_errors: Tensor
     forward: torch.cuda.CUDAGraph
     backward: torch.cuda.CUDAGraph
+    read: tuple[object, ...]  # the layout and what was made of it: the graphs read their memory for ever
 
 
 class Graphs:
     """Stands in for O1.forward while training; everything else goes through to the plain call."""
 
     def __init__(
-        self, forward: Callable[..., Tensor], flat: nn.Parameter, shared: Shared, copies: AdapterCopies
+        self,
+        forward: Callable[..., Tensor],
+        flat: nn.Parameter,
+        shared: Shared,
+        copies: AdapterCopies,
+        last_run: Callable[[], object],
     ) -> None:
-        self.eager = forward
+        """last_run: what the decoder made of the layout it was last called with."""
+        self.eager, self.last_run = forward, last_run
         self.flat, self.shared, self.copies = flat, shared, copies
         self._seen: dict[tuple[Segment, ...], int] = {}
         self._captured: OrderedDict[tuple[Segment, ...], Captured] = OrderedDict()
@@ -92,13 +99,19 @@ class Graphs:
             self.eager(*inputs[:3], layout, measure)
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         options: dict[str, Any] = {"pool": self._pool, "capture_error_mode": "thread_local"}
-        with torch.cuda.graph(forward, **options):
-            errors = self.eager(*inputs[:3], layout, measure)
-        d_errors = torch.zeros_like(errors)
-        with torch.autograd.set_multithreading_enabled(False), torch.cuda.graph(backward, **options):
-            self.shared.use_gradient(self._gradient)
-            torch.autograd.grad(errors, self.flat, d_errors)
-        return Captured(inputs, errors.detach(), d_errors, forward, backward)
+        # Autograd ties a leaf to the stream on which it was first used, which is not the capture's.
+        self.shared.leaf = leaf = self.flat.detach().requires_grad_()
+        try:
+            with torch.cuda.graph(forward, **options):
+                errors = self.eager(*inputs[:3], layout, measure)
+                d_errors = torch.zeros_like(errors)
+            with torch.autograd.set_multithreading_enabled(False), torch.cuda.graph(backward, **options):
+                self.shared.use_gradient(self._gradient)
+                torch.autograd.grad(errors, leaf, d_errors)
+        finally:
+            self.shared.leaf = self.flat
+        read = (layout, self.last_run())
+        return Captured(inputs, errors.detach(), d_errors, forward, backward, read)
 
     def replay_forward(self, captured: Captured, inputs: tuple[Tensor, ...]) -> Tensor:
         for place, value in zip(captured.inputs, inputs):

@@ -55,6 +55,7 @@ class Shared:
 
     def __init__(self, flat: Tensor) -> None:
         self.flat = flat  # the adapter's flat parameter; each layer's part follows the one before
+        self.leaf = flat  # whose gradient is asked for: `flat`, or what stands in for it in a capture
         self.input_learns = False  # whether something before the first layer is trained too
         self._gradient: Tensor | None = None
         self._handed: Buffer | None = None

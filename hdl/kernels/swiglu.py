@@ -47,9 +47,11 @@ class RowPlan:
     registers: int | None = None  # a thread, at most
 
 
-FORWARD = RowPlan(piece=2048, warps=8)
+# Among the fastest of those measured by themselves on an H200 at 4,736 rows of 12,288. Programs that stay for many
+# rows were as fast there, and four times slower inside a training step (docs/measurements.md).
+FORWARD = RowPlan(piece=4096, warps=16)
 BACKWARD = RowPlan(piece=4096, warps=32)
-BACKWARD_PROGRAMS: int | None = 1  # a multiprocessor, staying for many rows; None: one program a row
+BACKWARD_PROGRAMS: int | None = None  # a multiprocessor, staying for many rows; None: one program a row
 
 
 def swiglu(gate_up: Tensor, *, out: Tensor | None = None, quantized: Rowwise | None = None) -> Tensor:

@@ -10,7 +10,9 @@ sample. Text token i stands at (t, h, w) = (i, i, i), <|tms_token|> included; th
 column c stands at (4096, 4096 + r, 4096 + c).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,12 +73,17 @@ class Layout:
         return types
 
     def to(self, device: torch.device | str) -> "Layout":
-        groups = tuple(replace(g, index=g.index.to(device, non_blocking=True)) for g in self.groups)
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("positions", "text_index", "time_index", "patch_index", "order")
-        }
-        return replace(self, groups=groups, **moved)
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> "Layout":
+        """In page-locked memory, from which copying to a GPU does not wait."""
+        return self._mapped(Tensor.pin_memory)
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> "Layout":
+        groups = tuple(replace(g, index=change(g.index)) for g in self.groups)
+        names = ("positions", "text_index", "time_index", "patch_index", "order")
+        changed: dict[str, Any] = {name: change(getattr(self, name)) for name in names}
+        return replace(self, groups=groups, **changed)
 
 
 def lay_out(segments: list[Segment]) -> Layout:
