@@ -11,9 +11,9 @@ anew it costs a store, kept it would cost M numbers a token from forward to back
 Without quantization a program takes one piece of one row. With it the row's largest magnitude must be known
 before anything is quantized, so a program takes a whole row, piece after piece, and keeps the float32 result,
 M or 2M numbers, in its registers from the first reading to the last store. Backward that fills the registers
-of a multiprocessor, which would not read while its one program computes. So there programs stay for many rows,
-and as each piece is used up they ask for the same piece of their next row. Rows are read past the L1 cache,
-which then keeps `column_scale`, the same for every row and wider than a row itself.
+of a multiprocessor, which then does not read while its one program computes; programs that stay for many rows
+(`BACKWARD_PROGRAMS`) ask for each piece of their next row as they use up the same piece of this one. Rows are
+read past the L1 cache, which then keeps `column_scale`, the same for every row and wider than a row itself.
 """
 
 from dataclasses import dataclass
