@@ -19,7 +19,6 @@ from peft import PeftModel
 from torch import Tensor
 from torch.profiler import record_function
 
-from hdl.bench.ceilings import has_fp8
 from hdl.bench.ours import OURS, loss_options, our_model, speed_up
 from hdl.bench.stock import stock_loss, stock_model
 from hdl.config import Flow, Lora, Train
@@ -29,6 +28,7 @@ from hdl.engine.step import Measured, TrainStep
 from hdl.errors import HdlError
 from hdl.flow.noise import VARIANTS
 from hdl.flow.sigma import draw_sigmas
+from hdl.kernels.backend import has_fp8
 from hdl.o1.checkpoint import Checkpoint
 
 STOCK = "stock"

@@ -16,16 +16,11 @@ from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
 from hdl.bench.cases import gemm_shapes
+from hdl.kernels.quantize import E4M3_MAX
 from hdl.o1.attention import GPU_BACKENDS
 from hdl.o1.config import O1Config
 
 SECONDS = 0.4  # each ceiling is measured at least so long on a GPU, long enough for its clock to settle
-E4M3_MAX = 448.0
-
-
-def has_fp8(device: torch.device) -> bool:
-    """Whether the device multiplies in fp8: Ada (sm_89) and later."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def gemm_ceiling(config: O1Config, rows: int, dtype: torch.dtype, device: torch.device) -> float:

@@ -10,6 +10,7 @@ One random model, one adapter that does something, one batch; each path runs the
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from peft import PeftModel
@@ -57,10 +58,13 @@ def distances(
     seed: int,
 ) -> Iterator[Distance]:
     """Every path against float32 and against `plain`, one after another; one model at a time is in memory."""
-    reference = _answer("float32", checkpoint, samples, lora, sigma, device, seed)
+    ask = partial(
+        _answer, checkpoint=checkpoint, samples=samples, lora=lora, sigma=sigma, device=device, seed=seed
+    )
+    reference = ask("float32")
     plain = reference
     for path in PATHS:
-        answer = _answer(path, checkpoint, samples, lora, sigma, device, seed)
+        answer = ask(path)
         plain = answer if path == "plain" else plain
         cosines = _cosines(answer[1], reference[1]).values()
         from_plain = _cosines(answer[1], plain[1])

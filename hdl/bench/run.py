@@ -13,9 +13,10 @@ import torch
 
 from hdl.bench.arms import STOCK, Arm, Setup
 from hdl.bench.cases import Case, useful_flops
-from hdl.bench.ceilings import attention_ceiling, fp8_gemm_ceiling, gemm_ceiling, has_fp8
+from hdl.bench.ceilings import attention_ceiling, fp8_gemm_ceiling, gemm_ceiling
 from hdl.bench.profile import Profile, profile_steps
 from hdl.bench.timing import Held, Measured, give_back, measure, step_batches
+from hdl.kernels.backend import has_fp8
 
 PROFILED_STEPS = 3
 Say = Callable[[str], None]

@@ -31,9 +31,9 @@ def flow_matching_loss(
 ) -> tuple[Tensor, Tensor]:
     """The micro-batch's part of the step's loss, and each sample's own error.
 
-    sigmas: float32 [global batch], this step's noise levels, in host memory. The step's loss is the mean over all patches
-    of the global batch of the weighted patch error; what is returned sums to it over micro-batches and
-    ranks. The second value, float32 [B] and detached, is each sample's mean unweighted x0 error.
+    sigmas: float32 [global batch], this step's noise levels, in host memory. The step's loss is the mean
+    over all patches of the global batch of the weighted patch error; what is returned sums to it over
+    micro-batches and ranks. The second value, float32 [B] and detached, is each sample's mean unweighted x0 error.
 
     dtype: what the noisy patches are written in, the model's own. fused: the model takes its errors where
     its head is (hdl/kernels/head_loss.py), and returns these instead of x_pred.

@@ -209,9 +209,7 @@ class Plan:
     def _build_forward(self) -> "_Graph":
         s = self.shape
         graph = _Graph(self.device)
-        q = graph.sequence("q", s.batch, s.heads, s.longest_query, s.head_dim, s.q_stride)
-        k = graph.sequence("k", s.batch, s.kv_heads, s.longest_key, s.head_dim, s.k_stride)
-        v = graph.sequence("v", s.batch, s.kv_heads, s.longest_key, s.head_dim, s.v_stride)
+        q, k, v = self._inputs(graph)
         o, stats = graph.graph.sdpa(q=q, k=k, v=v, generate_stats=True, **self._settings(graph))
         graph.output(o, "o", s.batch, s.heads, s.longest_query, s.head_dim, s.out_stride)
         graph.plain_output(stats, "stats", s.stats)
@@ -220,9 +218,7 @@ class Plan:
     def _build_backward(self) -> "_Graph":
         s = self.shape
         graph = _Graph(self.device)
-        q = graph.sequence("q", s.batch, s.heads, s.longest_query, s.head_dim, s.q_stride)
-        k = graph.sequence("k", s.batch, s.kv_heads, s.longest_key, s.head_dim, s.k_stride)
-        v = graph.sequence("v", s.batch, s.kv_heads, s.longest_key, s.head_dim, s.v_stride)
+        q, k, v = self._inputs(graph)
         o = graph.sequence("o", s.batch, s.heads, s.longest_query, s.head_dim, s.out_stride)
         do = graph.sequence("do", s.batch, s.heads, s.longest_query, s.head_dim, s.dout_stride)
         stats = graph.plain("stats", s.stats)
@@ -234,6 +230,14 @@ class Plan:
         graph.output(dk, "dk", s.batch, s.kv_heads, s.longest_key, s.head_dim, k_row)
         graph.output(dv, "dv", s.batch, s.kv_heads, s.longest_key, s.head_dim, k_row)
         return graph.build()
+
+    def _inputs(self, graph: "_Graph") -> tuple[Any, Any, Any]:
+        s = self.shape
+        return (
+            graph.sequence("q", s.batch, s.heads, s.longest_query, s.head_dim, s.q_stride),
+            graph.sequence("k", s.batch, s.kv_heads, s.longest_key, s.head_dim, s.k_stride),
+            graph.sequence("v", s.batch, s.kv_heads, s.longest_key, s.head_dim, s.v_stride),
+        )
 
     def _settings(self, graph: "_Graph") -> dict[str, Any]:
         settings = {

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hdl.adapter.flat import FLAT, flat_parameter, flatten_adapter, point_at_flat, trained_parameters
 from hdl.kernels.adapter_copies import AdapterCopies
 from hdl.kernels.attention import run_attention
+from hdl.kernels.backend import has_fp8
 from hdl.kernels.graphs import Graphs
 from hdl.kernels.layer import KEPT, Entrance, FusedLayer, Run, Shared, packs
 from hdl.kernels.linears import Fp8Linear, FullLinear, PackedLinear, adapter_order, base_of
@@ -73,8 +74,8 @@ def cannot_fuse(adapted: PeftModel) -> str | None:
 
 
 def supports_fp8(device: torch.device) -> bool:
-    """Whether products in e4m3 are of use here: Ada (sm_89) and newer; a CPU imitates them."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+    """Whether e4m3 weights can be multiplied with here; a CPU imitates it."""
+    return device.type == "cpu" or has_fp8(device)
 
 
 class FusedDecoder:

@@ -25,7 +25,6 @@ from hdl.o1.layout import Layout, Segment
 
 MAX_TOKENS = 2560  # of a pack; launching no longer matters above
 MAX_GRAPHS = 64  # layouts; each graph is a few MB of the driver's memory
-SEEN_BEFORE_CAPTURE = 1
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Graphs:
         """last_run: what the decoder made of the layout it was last called with."""
         self.eager, self.last_run = forward, last_run
         self.flat, self.shared, self.copies = flat, shared, copies
-        self._seen: dict[tuple[Segment, ...], int] = {}
+        self._seen: set[tuple[Segment, ...]] = set()
         self._captured: OrderedDict[tuple[Segment, ...], Captured] = OrderedDict()
         self._pool: Any = None
         self._gradient: Tensor | None = None
@@ -74,9 +73,10 @@ class Graphs:
         if key in self._captured:
             self._captured.move_to_end(key)
             return self._captured[key]
-        seen = self._seen.get(key, 0)
-        self._seen[key] = seen + 1
-        if layout.tokens > MAX_TOKENS or seen < SEEN_BEFORE_CAPTURE:
+        if layout.tokens > MAX_TOKENS:
+            return None
+        if key not in self._seen:
+            self._seen.add(key)
             return None
         try:
             self._captured[key] = self._capture(text, z, t, layout, measure)

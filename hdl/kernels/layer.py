@@ -124,7 +124,7 @@ class FusedLayer:
         packed: Callable[[list[nn.Module]], PackedLinear],
         keep: str,
         below: "FusedLayer | None",
-        shared: "Shared",
+        shared: Shared,
     ) -> None:
         attention = layer.self_attn
         self.norm1, self.norm2 = layer.input_layernorm, layer.post_attention_layernorm

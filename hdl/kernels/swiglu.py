@@ -10,14 +10,11 @@ anew it costs a store, kept it would cost M numbers a token from forward to back
 
 Without quantization a program takes one piece of one row. With it the row's largest magnitude must be known
 before anything is quantized, so a program takes a whole row, piece after piece, and keeps the float32 result,
-M or 2M numbers, in its registers from the first reading to the last store. Backward that fills the registers
-of a multiprocessor, which then does not read while its one program computes; programs that stay for many rows
-(`BACKWARD_PROGRAMS`) ask for each piece of their next row as they use up the same piece of this one. Rows are
-read past the L1 cache, which then keeps `column_scale`, the same for every row and wider than a row itself.
+M or 2M numbers, in its registers from the first reading to the last store. Rows are read past the L1 cache,
+which then keeps `column_scale`, the same for every row and wider than a row itself.
 """
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import triton
@@ -47,11 +44,9 @@ class RowPlan:
     registers: int | None = None  # a thread, at most
 
 
-# Among the fastest of those measured by themselves on an H200 at 4,736 rows of 12,288. Programs that stay for many
-# rows were as fast there, and four times slower inside a training step (docs/measurements.md).
+# Among the fastest of those measured on an H200 at 4,736 rows of 12,288 (docs/measurements.md).
 FORWARD = RowPlan(piece=4096, warps=16)
 BACKWARD = RowPlan(piece=4096, warps=32)
-BACKWARD_PROGRAMS: int | None = None  # a multiprocessor, staying for many rows; None: one program a row
 
 
 def swiglu(gate_up: Tensor, *, out: Tensor | None = None, quantized: Rowwise | None = None) -> Tensor:
@@ -168,20 +163,8 @@ def swiglu_backward(
         return out.copy_(dgate_up)
     if quantized is not None:
         piece, options = _row(BACKWARD, M)
-        programs = min(S, (BACKWARD_PROGRAMS or S) * _multiprocessors(dh.device))
-        _backward_rows_kernel[(programs,)](
-            dh,
-            gate_up,
-            out,
-            h,
-            column_scale,
-            *parts(quantized),
-            S,
-            M,
-            *strides,
-            piece,
-            programs < S,
-            **options,
+        _backward_row_kernel[(S,)](
+            dh, gate_up, out, h, column_scale, *parts(quantized), M, *strides, piece, **options
         )
         return out
     block, pieces, options = _pieces(M)
@@ -210,8 +193,8 @@ def _backward_kernel(
     _gradients(inputs, out, h, row * OUT_STRIDE, row * H_STRIDE, columns, inside, M)
 
 
-@triton.jit(do_not_specialize=["S"])
-def _backward_rows_kernel(
+@triton.jit
+def _backward_row_kernel(
     dh: tl.tensor,
     gate_up: tl.tensor,
     out: tl.tensor,
@@ -219,56 +202,41 @@ def _backward_rows_kernel(
     column_scale: tl.tensor,
     values: tl.tensor,
     scale: tl.tensor,
-    S: tl.tensor,
     M: tl.constexpr,
     DH_STRIDE: tl.constexpr,
     STRIDE: tl.constexpr,
     OUT_STRIDE: tl.constexpr,
     H_STRIDE: tl.constexpr,
     PIECE: tl.constexpr,
-    STAYS: tl.constexpr,
 ) -> None:
-    piece = tl.arange(0, PIECE)
     row = tl.program_id(0).to(tl.int64)
-    ahead: tl.tuple = ()
+    piece = tl.arange(0, PIECE)
+    inputs: tl.tuple = ()
+    for start in tl.static_range(0, M, PIECE):  # all that is read of the row is on its way before any is used
+        columns = start + piece
+        inputs += (_inputs(dh + row * DH_STRIDE, gate_up + row * STRIDE, columns, columns < M, M),)
+    dgates: tl.tuple = ()
+    dups: tl.tuple = ()
+    peaks = tl.zeros([PIECE], tl.float32)
     for start in tl.static_range(0, M, PIECE):
         columns = start + piece
-        ahead += (_inputs(dh + row * DH_STRIDE, gate_up + row * STRIDE, columns, columns < M, M),)
-    for index in range(tl.program_id(0), S, tl.num_programs(0)):
-        row = tl.cast(index, tl.int64)
-        inputs = ahead
-        if STAYS:
-            ahead = ()
-        dgates: tl.tuple = ()
-        dups: tl.tuple = ()
-        peaks = tl.zeros([PIECE], tl.float32)
-        for start in tl.static_range(0, M, PIECE):
-            columns = start + piece
-            inside = columns < M
-            dgate, dup = _gradients(
-                inputs[start // PIECE], out, h, row * OUT_STRIDE, row * H_STRIDE, columns, inside, M
-            )
-            if STAYS:
-                next_row = row + tl.num_programs(0)
-                next_inside = inside & (next_row < S)
-                ahead += (
-                    _inputs(dh + next_row * DH_STRIDE, gate_up + next_row * STRIDE, columns, next_inside, M),
-                )
-            if column_scale is not None:
-                dgate *= tl.load(column_scale + columns, mask=inside, other=0.0, eviction_policy="evict_last")
-                dup *= tl.load(
-                    column_scale + M + columns, mask=inside, other=0.0, eviction_policy="evict_last"
-                )
-            peaks = tl.maximum(peaks, tl.maximum(tl.abs(dgate), tl.abs(dup)))
-            dgates += (dgate,)
-            dups += (dup,)
-        peak = tl.max(peaks, axis=0)
-        tl.store(scale + row, scale_of(peak))
-        for start in tl.static_range(0, M, PIECE):
-            to = values + row * 2 * M + start + piece
-            inside = start + piece < M
-            tl.store(to, to_e4m3(dgates[start // PIECE], peak), mask=inside)
-            tl.store(to + M, to_e4m3(dups[start // PIECE], peak), mask=inside)
+        inside = columns < M
+        dgate, dup = _gradients(
+            inputs[start // PIECE], out, h, row * OUT_STRIDE, row * H_STRIDE, columns, inside, M
+        )
+        if column_scale is not None:
+            dgate *= tl.load(column_scale + columns, mask=inside, other=0.0, eviction_policy="evict_last")
+            dup *= tl.load(column_scale + M + columns, mask=inside, other=0.0, eviction_policy="evict_last")
+        peaks = tl.maximum(peaks, tl.maximum(tl.abs(dgate), tl.abs(dup)))
+        dgates += (dgate,)
+        dups += (dup,)
+    peak = tl.max(peaks, axis=0)
+    tl.store(scale + row, scale_of(peak))
+    for start in tl.static_range(0, M, PIECE):
+        to = values + row * 2 * M + start + piece
+        inside = start + piece < M
+        tl.store(to, to_e4m3(dgates[start // PIECE], peak), mask=inside)
+        tl.store(to + M, to_e4m3(dups[start // PIECE], peak), mask=inside)
 
 
 @triton.jit
@@ -321,9 +289,3 @@ def _row(plan: RowPlan, M: int) -> tuple[int, dict[str, int]]:
     piece = min(triton.next_power_of_2(M), plan.piece)
     options = {"num_warps": max(plan.warps * piece // plan.piece, 1)}
     return piece, options if plan.registers is None else {**options, "maxnreg": plan.registers}
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    """In the interpreter 2, so that a program takes several rows there too."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
