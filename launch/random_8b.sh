@@ -3,8 +3,8 @@
 #
 #   launch/random_8b.sh OUT [--train.batch_size 4 ...]     OUT: a folder for base, shards and runs; reused
 #
-# Needs hdl installed and one CUDA GPU. The last flags go to train.py; without --save.output every call
-# trains into a new folder OUT/run-N. Random weights and pixels say nothing of quality.
+# Needs hdl installed and a CUDA GPU, or GPUS=N of them. The last flags go to train.py; without --save.output
+# every call trains into a new folder OUT/run-N. Random weights and pixels say nothing of quality.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out="${1:?usage: launch/random_8b.sh OUT [train.py flags]}"
@@ -25,6 +25,6 @@ EOF
     python tools/prepare.py "$out/images" "$out/shards" --base "$out/base" --random-init --area 1024
 fi
 run="$out/run-$(find "$out" -maxdepth 1 -name 'run-*' | wc -l)"
-torchrun --standalone --nproc_per_node=1 train.py --model.base "$out/base" --model.random_init \
+torchrun --standalone --nproc_per_node="${GPUS:-1}" train.py --model.base "$out/base" --model.random_init \
     --data.shards "$out/shards" --save.output "$run" \
     --train.steps 20 --train.batch_size 1 --train.warmup_steps 5 --save.every 1000 "$@"

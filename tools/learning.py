@@ -19,17 +19,23 @@ def main() -> None:
     )
     parser.add_argument("out", type=Path, help="a new folder for data and runs")
     parser.add_argument(
-        "--paths", nargs="+", default=["plain", "fused", "fp8"], help="default: plain fused fp8"
+        "--paths",
+        nargs="+",
+        default=["plain", "regrouped", "fused", "fp8"],
+        help="any of plain, regrouped (plain, with sums in another order), fused, fp8 (default: all)",
     )
     parser.add_argument("--seeds", type=int, default=3, help="runs of each path (default 3)")
     parser.add_argument("--steps", type=int, default=500, help="of each run (default 500)")
     parser.add_argument("--batch-size", type=int, default=16, help="pictures a step (default 16)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="largest learning rate (default 1e-3)")
     parser.add_argument(
         "--pictures", type=int, default=96, help="in the style, and as many plain (default 96)"
     )
     args = parser.parse_args()
     if args.out.exists() and any(args.out.iterdir()):
         raise HdlError(f"{args.out} is not empty; name a new folder")
+    if args.batch_size % 2:
+        raise HdlError(f"--batch-size {args.batch_size}: expected an even number, for path regrouped")
     from hdl.engine.processes import process_group
 
     with process_group() as processes:
@@ -40,7 +46,7 @@ def main() -> None:
             raise HdlError(f"--paths {' '.join(unknown)}: expected any of {', '.join(PATHS)}")
         learning = Learning(args.out, args.pictures, processes)
         runs = {
-            (path, seed): learning.run(path, seed, args.steps, args.batch_size)
+            (path, seed): learning.run(path, seed, args.steps, args.batch_size, args.lr)
             for path in args.paths
             for seed in range(args.seeds)
         }

@@ -10,6 +10,7 @@ is done.
 import gc
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +30,7 @@ from hdl.errors import HdlError
 from hdl.flow.noise import VARIANTS
 from hdl.flow.sigma import draw_sigmas
 from hdl.kernels.backend import has_fp8
+from hdl.kernels.fuse import graphs_of
 from hdl.o1.checkpoint import Checkpoint
 
 STOCK = "stock"
@@ -64,7 +66,7 @@ class Arm:
         self.precision = "fp8" if name == "fp8" and has_fp8(setup.device) else _short(setup.dtype)
         self.packs_sizes = name != STOCK
         self.device = setup.device
-        self.engine = _engine(name, setup)
+        self.model, self.engine = _engine(name, setup)
         self.engine.train()
         self.train_step: TrainStep | None = None
         if name != STOCK:
@@ -104,12 +106,17 @@ class Arm:
         self.engine.step()
         return float(torch.stack(losses).sum())
 
+    def without_graphs(self) -> AbstractContextManager[None]:
+        """Steps in here launch every kernel by itself."""
+        graphs = None if self.name == STOCK else graphs_of(self.model)
+        return graphs.paused() if graphs else nullcontext()
+
     def close(self) -> None:
         """Let go of everything on the device; the arm is of no use any more."""
         if hasattr(self.engine, "destroy"):
             self.engine.destroy()
         self.train_step = None
-        del self.engine
+        del self.engine, self.model
         gc.collect()
 
 
@@ -145,11 +152,13 @@ class TorchEngine:
         return self.norm
 
 
-def _engine(name: str, setup: Setup) -> Any:
+def _engine(name: str, setup: Setup) -> tuple[PeftModel, Any]:
+    """The arm's model, and what steps it."""
     train = Train(batch_size=1, warmup_steps=0, deepspeed=setup.strategy)
     place = (setup.lora, SEED, setup.device, setup.dtype)
     if name == STOCK:
-        return TorchEngine(stock_model(setup.checkpoint, setup.config_file, *place), train, setup.dtype)
+        model = stock_model(setup.checkpoint, setup.config_file, *place)
+        return model, TorchEngine(model, train, setup.dtype)
     model = our_model(name, setup.checkpoint, *place)
     engine: Any
     if setup.engine == "torch":
@@ -159,7 +168,7 @@ def _engine(name: str, setup: Setup) -> Any:
 
         engine = shard(model, train, setup.dtype, setup.processes)
     speed_up(name, model, fp8=has_fp8(setup.device))
-    return engine
+    return model, engine
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -1,5 +1,11 @@
 """Whether the fast paths learn what the plain one learns: the same runs on the small O1, path by path.
 
+    plain       PEFT's own modules: what the others are held against
+    regrouped   the same in two micro-batches: the same numbers but for the order of sums. Training amplifies
+                roundings, the more the higher the rate; this curve's distance is what they alone come to
+    fused       the fused path
+    fp8         the fused path with e4m3 weights
+
 Each run is a real one (hdl.engine.loop.train) on a style set. Its adapter is then judged outside of it:
 the x0 error of a float32 model on pictures of the same kind it never saw, at fixed noise and noise levels.
 """
@@ -27,6 +33,7 @@ from hdl.o1.patches import to_model
 BASE = Path(__file__).resolve().parents[1] / "mini" / "o1-mini"
 PATHS = {
     "plain": ["--model.kernels", "plain"],
+    "regrouped": ["--model.kernels", "plain"],
     "fused": ["--model.kernels", "fused"],
     "fp8": ["--model.kernels", "fused", "--model.weights", "fp8"],
 }
@@ -54,14 +61,24 @@ class Learning:
             _prepared(out / name, pictures, seed) for name, seed in (("set", 0), ("held-out", HELD_OUT_SEED))
         )
 
-    def run(self, path: str, seed: int, steps: int, batch_size: int) -> Learned:
+    def run(self, path: str, seed: int, steps: int, batch_size: int, lr: float) -> Learned:
         """Train one adapter and judge it."""
         folder = self.out / f"{path}-{seed}"
+        micro = batch_size // 2 if path == "regrouped" else batch_size
         flags = [
             *("--model.base", str(BASE), "--data.shards", str(self.shards), "--save.output", str(folder)),
             *("--train.steps", str(steps), "--train.batch_size", str(batch_size), "--train.seed", str(seed)),
-            *("--lora.rank", "16", "--lora.alpha", "16", "--train.lr", "3e-3", "--train.warmup_steps", "10"),
-            *("--train.schedule", "cosine", "--save.every", str(steps)),
+            *("--train.micro_batch_size", str(micro), "--train.lr", str(lr), "--train.warmup_steps", "10"),
+            *(
+                "--lora.rank",
+                "16",
+                "--lora.alpha",
+                "16",
+                "--train.schedule",
+                "cosine",
+                "--save.every",
+                str(steps),
+            ),
         ]
         train(load_run([*flags, *PATHS[path]]), self.processes)
         events = EventAccumulator(str(folder / "tensorboard"), {"scalars": 0}).Reload()

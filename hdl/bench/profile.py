@@ -2,12 +2,13 @@
 
 Two traces of a few consecutive steps are taken with torch.profiler. The first records kernels only, which
 hardly slows the launching side: idle is the part of its span, from the first kernel's start to the last
-one's end, during which no stream was busy. The second also records annotations, which slows launches but
-not kernels: there every kernel gets a family
+one's end, during which no stream was busy; gaps between the same two kernels are added up. The second also
+records annotations, with CUDA graphs off, which slows launches but not kernels: there every kernel gets a
+family
 
 - from the innermost `record_function` range around its launch whose name is `hdl::FAMILY` (`hdl::lora`,
   `hdl::attention`, ...) or PyTorch's own `Optimizer.step#...`;
-- else from its name, by NAMES below. The code replayed by a CUDA graph has names only.
+- else from its name, by NAMES below.
 
 A fused kernel counts where its main work is: a norm or an activation that also quantizes what it writes
 is elementwise. Times are summed over streams, so with kernels side by side families may add up to more
@@ -42,6 +43,7 @@ OURS = "hdl::"
 KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")
 ANNOTATION = "gpu_user_annotation"
 TOP = 15
+TOP_GAPS = 6
 
 
 @dataclass(frozen=True)
@@ -61,23 +63,18 @@ class Event:
 
 @dataclass(frozen=True)
 class Profile:
-    """Milliseconds a step. families: by FAMILIES; kernels: (family, name, launches a step, milliseconds)."""
+    """Milliseconds a step. families: by FAMILIES; kernels: (family, name, launches a step, milliseconds);
+    gaps: where the GPU was idle, (kernel before, kernel after, times a step, milliseconds)."""
 
     span: float
     idle: float
     families: dict[str, float]
     kernels: list[tuple[str, str, float, float]]
-
-
-def profile_steps(run: Callable[[], None], steps: int) -> Profile:
-    """Profile `run`, which takes `steps` steps, twice. HdlError when the GPU's kernels cannot be seen."""
-    timeline = _trace(run, [ProfilerActivity.CUDA])
-    annotated = _trace(run, [ProfilerActivity.CUDA, ProfilerActivity.CPU])
-    return summarize(timeline, annotated, steps)
+    gaps: list[tuple[str, str, float, float]]
 
 
 def summarize(timeline: Sequence[Event], annotated: Sequence[Event], steps: int) -> Profile:
-    """Put the two traces together."""
+    """Put the two traces together, each of `steps` steps."""
     kernels = [event for event in timeline if not event.is_range]
     span = max(e.end for e in kernels) - min(e.start for e in kernels)
     families = dict.fromkeys(FAMILIES, 0.0)
@@ -91,7 +88,20 @@ def summarize(timeline: Sequence[Event], annotated: Sequence[Event], steps: int)
         idle=(span - busy(kernels)) / 1e3 / steps,
         families=families,
         kernels=sorted(totals, key=lambda total: -total[3])[:TOP],
+        gaps=_longest_gaps(kernels, steps),
     )
+
+
+def _longest_gaps(kernels: Iterable[Event], steps: int) -> list[tuple[str, str, float, float]]:
+    by_place: dict[tuple[str, str], list[float]] = defaultdict(list)
+    last: Event | None = None  # to end, of those that began so far
+    for event in sorted(kernels, key=lambda e: e.start):
+        if last and event.start > last.end:
+            by_place[last.name, event.name].append((event.start - last.end) / 1e3)
+        if last is None or event.end > last.end:
+            last = event
+    totals = [(*place, len(t) / steps, sum(t) / steps) for place, t in by_place.items()]
+    return sorted(totals, key=lambda total: -total[3])[:TOP_GAPS]
 
 
 def busy(events: Iterable[Event]) -> float:
@@ -135,7 +145,10 @@ def named_family(kernel: str) -> str:
     return "elementwise"
 
 
-def _trace(run: Callable[[], None], activities: list[ProfilerActivity]) -> list[Event]:
+def record_kernels(run: Callable[[], None], annotated: bool = False) -> list[Event]:
+    """What runs on the GPU during `run`, with the annotations around it if asked for. HdlError when nothing
+    can be seen."""
+    activities = [ProfilerActivity.CUDA, *([ProfilerActivity.CPU] if annotated else [])]
     torch.cuda.synchronize()
     with profile(activities=activities) as recorded:
         run()

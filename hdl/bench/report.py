@@ -19,7 +19,7 @@ ms: median, fastest and slowest step, everything included. TFLOP/s: useful work 
 is that of GEMMs alone in the precision in which the arm multiplies with its frozen weights. GiB: peaks of the arm's
 own steps, less what the other arms hold."""
 STOCK_MIXED = "stock takes images of several sizes one by one and adds up their gradients"
-IN_TURN = "the arms did not fit into memory together: measured one after another, not in turn"
+ALONE = "did not fit into memory beside stock, and took no turns with it:"
 
 
 def as_markdown(results: Sequence[CaseResult]) -> str:
@@ -35,7 +35,7 @@ def as_data(results: Sequence[CaseResult]) -> dict[str, Any]:
             "tokens_a_step": result.tokens,
             "useful_flops_a_step": result.flops,
             "ceilings_tflops": result.ceilings,
-            "alternating": result.alternating,
+            "alone": result.alone,
             "arms": {name: asdict(m) | _derived(m, result) for name, m in result.arms.items()},
             "profiles": {name: asdict(found) for name, found in result.profiles.items()},
         }
@@ -55,7 +55,8 @@ def _derived(measured: Measured, result: CaseResult) -> dict[str, float | None]:
 
 def _ratio(measured: Measured, result: CaseResult) -> float | None:
     stock = result.arms.get(STOCK)
-    return stock.step_time / measured.step_time if stock else None
+    time = measured.stock_time or (stock.step_time if stock else None)
+    return time / measured.step_time if time else None
 
 
 def _case(result: CaseResult, results: Sequence[CaseResult]) -> str:
@@ -68,8 +69,8 @@ def _case(result: CaseResult, results: Sequence[CaseResult]) -> str:
         "",
         f"{result.tokens:,.0f} tokens, {result.flops / 1e12:.4g} useful TFLOP a step; ceilings in TFLOP/s: {ceilings}",
     ]
-    if not result.alternating:
-        lines.append(IN_TURN)
+    if result.alone:
+        lines.append(f"{ALONE} {', '.join(result.alone)}")
     if result.case.name == MIXED and STOCK in result.arms:
         lines.append(STOCK_MIXED)
     lines += ["", _table([HEAD, *(_row(name, m, result) for name, m in result.arms.items())])]
@@ -104,7 +105,7 @@ def _share_of_full_rate(result: CaseResult, results: Sequence[CaseResult]) -> li
 
 
 def _profiles(profiles: dict[str, Profile]) -> str:
-    """Families, idle and span in ms a step, then each arm's longest kernels."""
+    """Families, idle and span in ms a step, then each arm's longest kernels and gaps."""
     rows: list[tuple[str, ...]] = [("ms a step", *FAMILIES, "idle", "span", "idle share")]
     for name, p in profiles.items():
         times = (*(p.families[family] for family in FAMILIES), p.idle, p.span)
@@ -114,6 +115,9 @@ def _profiles(profiles: dict[str, Profile]) -> str:
         longest: list[tuple[str, ...]] = [("ms", "launches", "family", f"kernel of {name}")]
         longest += [(f"{ms:.2f}", f"{n:.0f}", family, kernel[:80]) for family, kernel, n, ms in p.kernels]
         parts.append(_table(longest))
+        gaps: list[tuple[str, ...]] = [("idle ms", "times", f"after, in {name}", "before")]
+        gaps += [(f"{ms:.2f}", f"{n:.0f}", before[:50], after[:50]) for before, after, n, ms in p.gaps]
+        parts.append(_table(gaps))
     return "\n\n".join(parts)
 
 

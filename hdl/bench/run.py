@@ -1,7 +1,8 @@
 """The whole measurement: build the arms, measure the ceilings, then every case with all arms in turn.
 
-If the arms do not fit into the GPU's memory together, the cases that are left run with one arm after
-another; such figures are marked, because they are not from alternating steps.
+If the arms do not fit into the GPU's memory together, the cases that are left run in pairs, the stock arm and
+one other taking turns; if a pair does not fit, its two run one after the other, and such figures are marked,
+because they are not from alternating steps.
 """
 
 import gc
@@ -14,7 +15,7 @@ import torch
 from hdl.bench.arms import STOCK, Arm, Setup
 from hdl.bench.cases import Case, useful_flops
 from hdl.bench.ceilings import attention_ceiling, fp8_gemm_ceiling, gemm_ceiling
-from hdl.bench.profile import Profile, profile_steps
+from hdl.bench.profile import Profile, record_kernels, summarize
 from hdl.bench.timing import Held, Measured, give_back, measure, step_batches
 from hdl.kernels.backend import has_fp8
 
@@ -24,13 +25,13 @@ Say = Callable[[str], None]
 
 @dataclass
 class CaseResult:
-    """ceilings: TFLOP/s of GEMMs by precision, and of "attention". alternating: whether the arms took turns."""
+    """ceilings: TFLOP/s of GEMMs by precision, and of "attention". alone: arms that took no turns with stock."""
 
     case: Case
     tokens: float  # a step, on average
     flops: float  # useful ones a step, on average
     ceilings: dict[str, float]
-    alternating: bool = True
+    alone: list[str] = field(default_factory=list)
     arms: dict[str, Measured] = field(default_factory=dict)
     profiles: dict[str, Profile] = field(default_factory=dict)
 
@@ -56,28 +57,38 @@ def run_cases(
         with built(group, setup, say) as (arms, held):
             for case in todo:
                 found = measure(case, arms, held, setup.checkpoint.config, steps, warmup)
-                profiles = {
-                    arm.name: _profile(arm, case, setup, warmup)
-                    for arm in arms
-                    if profiled and arm.name != STOCK
-                }
+                if STOCK in found:
+                    for measured in found.values():
+                        measured.stock_time = found[STOCK].step_time
                 results[case.name].arms |= found
-                results[case.name].profiles |= profiles
+                for arm in arms if profiled else []:
+                    if arm.name != STOCK:
+                        with held.by(arm.name):  # graphs it had are gone afterwards
+                            results[case.name].profiles[arm.name] = _profile(arm, case, setup, warmup)
                 times = ", ".join(f"{name} {m.step_time * 1e3:.1f} ms" for name, m in found.items())
                 say(f"{case.name}: {times}")
 
-    if _fits(lambda: run(names, cases)):
-        return list(results.values())
-    left = [case for case in cases if not results[case.name].arms]
-    say(f"not enough memory for {', '.join(names)} together at {left[0].name}: one arm after another")
-    for case in left:
-        results[case.name].alternating = False
-    for name in names:
-        todo = left
-        while todo and not _fits(lambda: run([name], todo)):  # noqa: B023  # called at once
-            unmeasured = [case for case in todo if name not in results[case.name].arms]
-            say(f"{name} does not fit into memory at {unmeasured[0].name}, even alone")
-            todo = unmeasured[1:]
+    def attempt(group: Sequence[str], todo: Sequence[Case]) -> list[Case]:
+        """Measure in order; the cases from the first that did not fit on."""
+        if _fits(lambda: run(group, todo)):
+            return []
+        left = [case for case in todo if any(name not in results[case.name].arms for name in group)]
+        if left:
+            lacking = f"{' and '.join(group)} did not fit into memory"
+            say(f"{lacking} {'together' if len(group) > 1 else 'even alone'} at {left[0].name}")
+        return left
+
+    left = attempt(names, cases)
+    others = [name for name in names if name != STOCK] if STOCK in names and len(names) > 2 else []
+    pairs = [[STOCK, name] for name in others] or [[name] for name in names]
+    for pair in pairs if left else []:
+        together = attempt(pair, left) if len(pair) > 1 else left
+        for name in pair:
+            todo = [case for case in together if name not in results[case.name].arms]
+            for case in todo:
+                results[case.name].alone.append(name)
+            while todo:
+                todo = attempt([name], todo)[1:]  # what does not fit alone is left out
     return list(results.values())
 
 
@@ -136,7 +147,11 @@ def _profile(arm: Arm, case: Case, setup: Setup, first: int) -> Profile:
             arm.step(number, batch)
 
     steps()  # the allocator's blocks are back in place
-    return profile_steps(steps, PROFILED_STEPS)
+    timeline = record_kernels(steps)
+    with arm.without_graphs():
+        steps()
+        annotated = record_kernels(steps, annotated=True)
+    return summarize(timeline, annotated, PROFILED_STEPS)
 
 
 def _figures(ceilings: dict[str, float]) -> str:

@@ -1,6 +1,6 @@
 """The clock: arms take their steps in turn, each step timed from a synchronized GPU to a synchronized GPU.
 
-Every arm first warms up by itself; then all take one step in turn that is not counted (the allocator was
+Every arm first warms up by itself, longer where every step brings other sizes; then all take one step in turn that is not counted (the allocator was
 emptied before it), then the counted ones: stock step 4, bf16 step 4, fp8 step 4, stock step 5, ... A
 step's batches wait in page-locked host memory; their way to the GPU is part of the step.
 
@@ -25,12 +25,16 @@ from hdl.bench.cases import Case, packs, useful_flops
 from hdl.data.batches import Batch
 from hdl.o1.config import O1Config
 
+MIXED_WARMUP = 5
+UNTIMED = 1_000_000  # steps from there on are never timed
+
 
 @dataclass
 class Measured:
     """One arm in one case: a number a timed step, and bytes at the peak (None without a GPU).
 
-    precision: of the arm's products with its frozen weights."""
+    precision: of the arm's products with its frozen weights. stock_time: seconds, the median of the stock arm
+    that took turns with this one, if any."""
 
     precision: str
     seconds: list[float] = field(default_factory=list)
@@ -39,6 +43,7 @@ class Measured:
     losses: list[float] = field(default_factory=list)
     allocated: int | None = None
     reserved: int | None = None
+    stock_time: float | None = None
 
     @property
     def step_time(self) -> float:
@@ -94,7 +99,7 @@ def measure(
     measured = {arm.name: Measured(arm.precision) for arm in arms}
     for arm in arms:
         with held.by(arm.name):
-            for number in range(warmup):
+            for number in _warm_up_steps(case, arm, warmup):
                 arm.step(number, step_batches(case, [arm], config, number)[arm.name])
     for number in range(warmup, warmup + 1 + steps):
         batches = step_batches(case, arms, config, number)
@@ -120,6 +125,13 @@ def measure(
             *_, reserved = timed_step(arm, last, batches[arm.name])
             measured[arm.name].reserved = (reserved or 0) - others
     return measured
+
+
+def _warm_up_steps(case: Case, arm: Arm, warmup: int) -> list[int]:
+    """Steps whose sizes are ever new take some to meet all that is prepared once a size (MIXED_WARMUP times
+    `warmup`); the stock arm prepares nothing. None of them is a step that is timed."""
+    more = (MIXED_WARMUP - 1) * warmup if case.mixed and arm.packs_sizes else 0
+    return [*range(UNTIMED, UNTIMED + more), *range(warmup)]
 
 
 def timed_step(

@@ -8,6 +8,7 @@ and a data position is nothing but a step.
 A batch is packed: text tokens and patches of several samples in one run, without padding.
 """
 
+from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -18,6 +19,8 @@ from torch import Tensor
 from hdl.data.shards import Sample, Shards
 from hdl.o1.layout import Layout, Segment, lay_out
 from hdl.seeds import generator_for
+
+RECENT_LAYOUTS = 16
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,23 @@ class Batch:
             self,
             text=self.text.to(device, non_blocking=True),
             patches=self.patches.to(device, non_blocking=True),
-            layout=self.layout.to(device),
+            layout=_layout_on(torch.device(device), self.layout),
         )
+
+
+_recent_layouts: OrderedDict[tuple[torch.device, tuple[Segment, ...]], Layout] = OrderedDict()
+
+
+def _layout_on(device: torch.device, layout: Layout) -> Layout:
+    """The layout's copy on the device. A layout is all in its segments, and many come again: the last
+    RECENT_LAYOUTS copies are kept."""
+    key = (device, layout.segments)
+    if key not in _recent_layouts:
+        _recent_layouts[key] = layout.to(device)
+    _recent_layouts.move_to_end(key)
+    while len(_recent_layouts) > RECENT_LAYOUTS:
+        _recent_layouts.popitem(last=False)
+    return _recent_layouts[key]
 
 
 def samples_of_step(count: int, batch_size: int, seed: int, step: int) -> list[int]:

@@ -65,6 +65,7 @@ def process_group() -> Iterator[Processes]:
                 f"local rank {local_rank} has no GPU: this machine has {torch.cuda.device_count()}; start torchrun "
                 "with --nproc_per_node at most that, or set DS_ACCELERATOR=cpu"
             )
+        _use_expandable_segments()
         torch.cuda.set_device(local_rank)
         device = torch.device("cuda", local_rank)
     else:
@@ -80,6 +81,13 @@ def process_group() -> Iterator[Processes]:
         # gloo's threads outlive the group and still let go of the last collective's tensors, for which they
         # need the interpreter: one that has begun to shut down aborts instead. Sleeping hands it to them.
         time.sleep(0.25)
+
+
+def _use_expandable_segments() -> None:
+    """Let PyTorch's allocator grow and shrink its memory piece by piece, so that what one size of batch leaves
+    serves the next; the user's own settings come first. It reads them when it is first asked for memory."""
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def _use_deepspeed_on_cpu() -> None:

@@ -41,18 +41,21 @@ def flow_matching_loss(
     device = batch.patches.device
     counts = batch.patch_counts
     levels = sigmas[batch.places]
-    both = send(torch.cat([levels, levels.repeat_interleave(torch.tensor(counts))]), device)
-    sigma_of_sample, sigma = both[: len(counts)], both[len(counts) :]
+    # All that the forward pass waits for goes in one copy.
+    sigma, t, weights = send(
+        torch.stack([levels, 1.0 - levels, loss_weights(levels, flow.weighting)]), device
+    )
     z = noise_patches(
-        batch.patches, sigma_of_sample, counts, noise_keys(batch.places, seed, step),
+        batch.patches, sigma, counts, noise_keys(batch.places, seed, step),
         noise_scale=variant.noise_scale, clip=variant.clip, dtype=dtype,
     )  # fmt: skip
-    inputs = (batch.text, z, 1.0 - sigma_of_sample, batch.layout)
+    inputs = (batch.text, z, t, batch.layout)
     if fused:
         errors = model(*inputs, measure=X0Error(batch.patches))
     else:
         errors = patch_errors(model(*inputs), to_model(batch.patches))
-    loss = (errors * loss_weights(sigma, flow.weighting)).sum() / batch.global_patches
+    weight = torch.cat([w.expand(n) for w, n in zip(weights, counts)])
+    loss = (errors * weight).sum() / batch.global_patches
     return loss, _mean_of_each(errors.detach(), counts)
 
 

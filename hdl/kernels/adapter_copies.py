@@ -1,102 +1,142 @@
 """Bring the adapter's current values into the packed matrices: every A, and every B times its scaling.
 
-The optimizer owns PEFT's parameters; the packed matrices hold copies, refreshed before each forward pass.
-The real model has 504 such blocks; copied one by one their launches alone would take milliseconds, so one
-kernel copies them all, from a table of where each block is and goes.
+The optimizer owns PEFT's parameters; the packed matrices hold copies, refreshed before each forward pass, and
+fp8 weights what the copies come to in e4m3 (hdl/kernels/folded.py). The real model has 504 such blocks; copied
+one by one their launches alone would take milliseconds, so those with as many columns are copied together,
+from a table of where each block is and goes. The table is made anew only when the adapter has moved or its
+factors changed, which a few numbers tell: its parameters are views of one flat one, so it moves as a whole.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor, nn
+from torch import Tensor
 
 from hdl.kernels.backend import runs_triton
+from hdl.kernels.folded import Folds
+from hdl.kernels.linears import ADAPTER, Block, PackedLinear
 
 CHUNK = 4096  # elements one program copies
 
 
-@dataclass(frozen=True)
-class Block:
-    """source [rows, columns], contiguous; target, of the same shape, may be a block of a larger matrix.
-
-    module: PEFT's linear, asked for its scaling and whether its adapter is switched off. scaled: a B, which
-    is multiplied with the scaling, and zero while the adapter is off."""
-
-    source: nn.Parameter
-    target: Tensor
-    module: nn.Module
-    scaled: bool
-
-    @property
-    def factor(self) -> float:
-        if not self.scaled:
-            return 1.0
-        return 0.0 if self.module.disable_adapters else self.module.scaling["default"]  # type: ignore[index,return-value]
-
-
 class AdapterCopies:
-    """All blocks of a model, on one device."""
+    """All blocks of a model's linears, on one device."""
 
-    def __init__(self, blocks: list[Block]) -> None:
-        self.blocks = blocks
-        self._known: tuple[tuple[int, float], ...] | None = None
-        self._addresses = self._factors = torch.empty(0)
-        if blocks:
-            # Pointers in the table are typed by the kernel, once for all blocks.
-            self._shapes = torch.tensor([[*b.target.shape, b.target.stride(0)] for b in blocks])
-            self._chunks = max(-(-b.target.numel() // CHUNK) for b in blocks)
+    def __init__(self, linears: Sequence[PackedLinear]) -> None:
+        self.blocks = [block for linear in linears for block in linear.copies()]
+        self.folds = Folds([fold for linear in linears for fold in linear.folds()])
+        self._modules = list(dict.fromkeys(b.module for b in self.blocks if b.scaled))
+        self._known: object = None
+        self._groups: list[_Group] = []
 
     def refresh(self) -> None:
         if not self.blocks:
             return
-        if not runs_triton(self.blocks[0].target) or not self._uniform():
+        if not runs_triton(self.blocks[0].target) or not self._refresh_groups():
             for block in self.blocks:
-                block.target.copy_(block.source.detach() * block.factor)
-            return
-        self._refresh_table()
-        first = self.blocks[0]
-        with torch.cuda.device_of(first.target):
-            _copy_blocks[(len(self.blocks), self._chunks)](
-                self._addresses, self._factors, self._shapes, first.source.detach(), first.target, CHUNK=CHUNK
-            )
+                block.target.copy_(block.source.detach().float() * _factor(block))
+        else:
+            like = (self.blocks[0].source.detach(), self.blocks[0].target)
+            with torch.cuda.device_of(like[1]):
+                for g in self._groups:
+                    _copy_blocks[(len(g.programs),)](
+                        g.table, g.factors, g.programs, *like, FIELDS, g.columns, g.aligned, CHUNK
+                    )
+        self.folds.refresh()
 
-    def _uniform(self) -> bool:
-        """One kernel reads one dtype, and contiguous sources."""
-        dtype = self.blocks[0].source.dtype
-        return all(b.source.dtype == dtype and b.source.is_contiguous() for b in self.blocks)
+    def _refresh_groups(self) -> bool:
+        """Whether the kernel can copy all blocks: it reads contiguous sources, all of one dtype."""
+        first, last = self.blocks[0].source, self.blocks[-1].source
+        factors = [not m.disable_adapters and m.scaling[ADAPTER] for m in self._modules]  # type: ignore[index]
+        known = (first.data_ptr(), last.data_ptr(), first.dtype, factors)
+        if known != self._known:
+            self._known = known
+            uniform = all(b.source.dtype == first.dtype and b.source.is_contiguous() for b in self.blocks)
+            self._groups = _grouped(self.blocks) if uniform else []
+        return bool(self._groups)
 
-    def _refresh_table(self) -> None:
-        known = tuple((b.source.data_ptr(), b.factor) for b in self.blocks)
-        if known == self._known:
-            return
-        device = self.blocks[0].target.device
-        self._addresses = torch.tensor(
-            [[source, b.target.data_ptr()] for (source, _), b in zip(known, self.blocks)], device=device
-        )
-        self._factors = torch.tensor([factor for _, factor in known], dtype=torch.float32, device=device)
-        self._shapes = self._shapes.to(device)
-        self._known = known
+
+def _factor(block: Block) -> float:
+    if not block.scaled:
+        return 1.0
+    return 0.0 if block.module.disable_adapters else block.module.scaling[ADAPTER]  # type: ignore[index,return-value]
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Blocks with the same number of columns, on their device: one launch.
+
+    table: int64 [blocks, FIELDS], addresses of source and target, elements, the target's row stride;
+    factors: float32 [blocks]; programs: int32 [programs, 2], which block and which of its chunks;
+    aligned: whether every address and stride is a multiple of 16 bytes.
+    """
+
+    columns: int
+    aligned: bool
+    table: Tensor
+    factors: Tensor
+    programs: Tensor
+
+
+FIELDS = 4
+
+
+def _grouped(blocks: Sequence[Block]) -> list[_Group]:
+    by_kind: dict[tuple[int, bool], list[Block]] = {}
+    for block in blocks:
+        by_kind.setdefault((block.target.shape[1], _aligned(block)), []).append(block)
+    return [_group(columns, aligned, group) for (columns, aligned), group in by_kind.items()]
+
+
+def _aligned(block: Block) -> bool:
+    source, target = block.source, block.target
+    stride = target.stride(0) * target.element_size()
+    return (source.data_ptr() | target.data_ptr() | stride) % 16 == 0
+
+
+def _group(columns: int, aligned: bool, blocks: Sequence[Block]) -> _Group:
+    device = blocks[0].target.device
+    table = [(b.source.data_ptr(), b.target.data_ptr(), b.target.numel(), b.target.stride(0)) for b in blocks]
+    chunks = [(i, c) for i, b in enumerate(blocks) for c in range(triton.cdiv(b.target.numel(), CHUNK))]
+    return _Group(
+        columns,
+        aligned,
+        torch.tensor(table, device=device),
+        torch.tensor([_factor(b) for b in blocks], dtype=torch.float32, device=device),
+        torch.tensor(chunks, dtype=torch.int32, device=device),
+    )
 
 
 @triton.jit
 def _copy_blocks(
-    addresses: tl.tensor,
+    table: tl.tensor,
     factors: tl.tensor,
-    shapes: tl.tensor,
-    like_source: tl.tensor,
+    programs: tl.tensor,
+    like_source: tl.tensor,  # the table's pointers are typed here, once for all blocks
     like_target: tl.tensor,
+    FIELDS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
 ) -> None:
-    block = tl.program_id(0)
-    rows = tl.load(shapes + block * 3)
-    columns = tl.load(shapes + block * 3 + 1)
-    stride = tl.load(shapes + block * 3 + 2)
-    element = tl.program_id(1).to(tl.int64) * CHUNK + tl.arange(0, CHUNK)
-    inside = element < rows * columns
-    source = tl.load(addresses + block * 2).to(like_source.dtype)
-    target = tl.load(addresses + block * 2 + 1).to(like_target.dtype)
+    block = tl.load(programs + tl.program_id(0) * 2)
+    chunk = tl.load(programs + tl.program_id(0) * 2 + 1)
+    table += block * FIELDS
+    source = tl.load(table).to(like_source.dtype)
+    target = tl.load(table + 1).to(like_target.dtype)
+    elements = tl.load(table + 2).to(tl.int32)
+    stride = tl.load(table + 3)
+    if ALIGNED:
+        source = tl.multiple_of(source, 16)
+        target = tl.multiple_of(target, 16)
+        stride = tl.multiple_of(stride, 16 // (like_target.dtype.element_ty.primitive_bitwidth // 8))
+    # What else the columns divide by is known from COLUMNS: elements, a multiple of it, says nothing more.
+    elements = tl.multiple_of(elements, COLUMNS & -COLUMNS)
+    element = chunk * CHUNK + tl.arange(0, CHUNK)
+    inside = element < elements
     values = tl.load(source + element, mask=inside).to(tl.float32) * tl.load(factors + block)
-    place = element // columns * stride + element % columns
+    place = (element // COLUMNS).to(tl.int64) * stride + element % COLUMNS
     tl.store(target + place, values.to(target.dtype.element_ty), mask=inside)

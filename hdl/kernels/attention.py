@@ -5,7 +5,8 @@ hdl.o1.layout). Both are cuDNN's variable-length attention: every segment is a s
 some row of the run and has some length, so no mask is built, nothing is padded or gathered, and queries,
 keys, values, outputs and gradients are read and written where they stand, as column slices of wider
 buffers too. A plan is compiled for the longest sequence rounded up, so streams of ever new sizes soon
-meet only plans they know.
+meet only plans they know. Starts and lengths are numbers in device memory: launches depend on a layout's
+`Frame` alone, and a captured launch serves every layout that fits its frame.
 
 cuDNN is called through its own front end (the `cudnn` package, Hopper and newer, bfloat16); elsewhere
 the same two calls are PyTorch's scaled_dot_product_attention, as in hdl.o1.attention.
@@ -15,17 +16,74 @@ size, scores are scaled by 1/sqrt(d).
 """
 
 import importlib.util
+import math
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from hdl.o1.attention import packed_attention
-from hdl.o1.layout import Layout
+from hdl.o1.layout import Layout, Segment
+from hdl.transfer import send
 
 ROUND_TO = 128  # the kernels' own tile: a longer plan than needed costs empty tiles only
+# Of frames. Rows cost in proportion, so a frame's tokens are rounded up by a 64th to a 32nd at most, and it
+# serves runs that leave up to MAX_WASTE empty. Bounds of sequences cost next to nothing.
+STEPS = 32
+MAX_WASTE = 0.04
+ROUND_TEXT_TO, ROUND_GEN_TO, ROUND_WHOLE_TO = 256, 256, 512
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The sizes that the launches of a run depend on.
+
+    tokens: rows of all buffers. With `tail` the last of them belong to no sample (one at least); they are a
+    sequence of their own, so that what stands there stays finite, and of zeros when its gradients are zeros.
+    text, gen, whole: upper bounds of a sample's AR tokens, its GEN tokens and both.
+    segments: what exactly is in the run, where the attention's kernels depend on all of it; else None.
+    """
+
+    tokens: int
+    samples: int
+    tail: bool
+    text: int
+    gen: int
+    whole: int
+    segments: tuple[Segment, ...] | None
+
+    @classmethod
+    def of(cls, layout: Layout, exact: bool) -> "Frame":
+        """exact: of this very layout, with no room to spare."""
+        segments = layout.segments
+        text = max(segment.text - 1 for segment in segments)
+        gen = max(segment.tokens - segment.text + 1 for segment in segments)
+        whole = max(segment.tokens for segment in segments)
+        if exact:
+            return cls(layout.tokens, len(segments), False, text, gen, whole, segments)
+        step = max(2 ** (layout.tokens.bit_length() - 1) // STEPS, 1)
+        tokens = _up(layout.tokens, step)
+        room = math.ceil(tokens * MAX_WASTE)  # what a smaller run may leave to the tail
+        gen, whole = max(gen, room), max(whole, room)
+        bounds = _up(text, ROUND_TEXT_TO), _up(gen, ROUND_GEN_TO), _up(whole, ROUND_WHOLE_TO)
+        return cls(tokens, len(segments), tokens > layout.tokens, *bounds, None)
+
+    def serves(self, layout: Layout) -> bool:
+        """Whether a run of this layout fits, without wasting more than MAX_WASTE of its rows."""
+        if self.segments is not None:
+            return self.segments == layout.segments
+        needed = Frame.of(layout, exact=True)
+        if self.tail:
+            fits = layout.tokens < self.tokens <= layout.tokens * (1 + MAX_WASTE)
+        else:
+            fits = layout.tokens == self.tokens
+        longest = needed.text <= self.text and needed.gen <= self.gen and needed.whole <= self.whole
+        return fits and longest and needed.samples == self.samples
 
 
 class Gradients(NamedTuple):
@@ -39,6 +97,9 @@ class Gradients(NamedTuple):
 class RunAttention(Protocol):
     """Attention of one packed run; made once for a run, used by all layers."""
 
+    def load(self, layout: Layout) -> None:
+        """Let the next calls be of another layout that fits the frame."""
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Any:
         """Fill out [S, heads * d]; returns what backward needs besides the arguments."""
 
@@ -47,11 +108,18 @@ class RunAttention(Protocol):
     ) -> Gradients: ...
 
 
-def run_attention(layout: Layout, device: torch.device, dtype: torch.dtype) -> RunAttention:
+def run_attention(frame: Frame, layout: Layout, device: torch.device, dtype: torch.dtype) -> RunAttention:
     """The fastest attention there is for this device and dtype."""
-    if device.type == "cuda" and dtype == torch.bfloat16 and _has_cudnn_front_end(device.index or 0):
-        return CudnnAttention(layout, device)
-    return SdpaAttention(layout)
+    if needs_exact_frame(device, dtype):
+        return SdpaAttention(layout)
+    attention = CudnnAttention(frame, device)
+    attention.load(layout)
+    return attention
+
+
+def needs_exact_frame(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether attention here takes the layout it was made for alone."""
+    return not (device.type == "cuda" and dtype == torch.bfloat16 and _has_cudnn_front_end(device.index or 0))
 
 
 class SdpaAttention:
@@ -59,6 +127,9 @@ class SdpaAttention:
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
+
+    def load(self, layout: Layout) -> None:
+        assert layout.segments == self.layout.segments  # the same index tensors serve
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
         out.copy_(packed_attention(q, k, v, self.layout).flatten(-2))
@@ -83,30 +154,42 @@ class Sequences:
     query_starts: Tensor  # int64 [B + 1, 1, 1, 1], in rows of the run
     key_starts: Tensor
 
+    @property
+    def count(self) -> int:
+        return len(self.query_lengths)
+
 
 class CudnnAttention:
-    """The two calls through cuDNN."""
+    """The two calls through cuDNN. To be loaded before use."""
 
-    def __init__(self, layout: Layout, device: torch.device) -> None:
+    def __init__(self, frame: Frame, device: torch.device) -> None:
+        self.frame, self.device = frame, device
+        samples = frame.samples
+        sequences = samples + frame.tail
+        # All numbers in one piece of memory, so that one copy brings them.
+        self._numbers = torch.empty(2 * (sequences + 1) + 3 * sequences, dtype=torch.int64, device=device)
+        starts, lengths = self._numbers.split([2 * (sequences + 1), 3 * sequences])
+        at, at_gen = starts.view(2, -1, 1, 1, 1).unbind()
+        # int32 in the memory of as many int64: cuDNN wants them so
+        text, gen, whole = lengths.view(torch.int32)[: 3 * sequences].view(3, -1, 1, 1, 1).unbind()
+        self.gen = Sequences(False, frame.gen, frame.whole, gen, whole, at_gen, at)
+        self.ar = Sequences(
+            True, frame.text, frame.text, text[:samples], text[:samples], at[: samples + 1], at[: samples + 1]
+        )
+        self._offsets: dict[tuple[int, int, int], Tensor] = {}
+
+    def load(self, layout: Layout) -> None:
         text = [segment.text - 1 for segment in layout.segments]
         whole = [segment.tokens for segment in layout.segments]
-        starts = [0]
-        for tokens in whole:
-            starts.append(starts[-1] + tokens)
-        first_gen = [start + n for start, n in zip(starts, text)] + starts[-1:]
+        if self.frame.tail:
+            text, whole = [*text, 0], [*whole, self.frame.tokens - layout.tokens]
+        at = list(accumulate(whole, initial=0))
+        at_gen = [start + n for start, n in zip(at, text)] + at[-1:]
         gen = [tokens - n for tokens, n in zip(whole, text)]
-        numbers = torch.tensor([starts, first_gen], dtype=torch.int64)
-        lengths = torch.tensor([text, gen, whole], dtype=torch.int32)
-        at, at_gen = numbers.to(device, non_blocking=True)[:, :, None, None, None].unbind()
-        n_text, n_gen, n_whole = lengths.to(device, non_blocking=True)[:, :, None, None, None].unbind()
-        self.gen = Sequences(False, max(gen), max(whole), n_gen, n_whole, at_gen, at)
-        self.ar = Sequences(True, max(text), max(text), n_text, n_text, at, at)
-        self.ar_index = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, text)]).to(
-            device, non_blocking=True
-        )
-        self.batch = len(whole)
-        self.device = device
-        self._offsets: dict[tuple[int, int], Tensor] = {}
+        numbers = torch.zeros(len(self._numbers), dtype=torch.int64)
+        numbers[: 2 * len(at)] = torch.tensor(at + at_gen)
+        numbers[2 * len(at) :].view(torch.int32)[: 3 * len(gen)] = torch.tensor(text + gen + whole)
+        self._numbers.copy_(send(numbers, self.device))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
         return self._attend(self.gen, q, k, v, out), self._attend(self.ar, q, k, v, out)
@@ -120,9 +203,16 @@ class CudnnAttention:
         # Text keys answer both to text and to the image: the two gradients add up.
         text_dk, text_dv = torch.empty_like(k), torch.empty_like(k)
         self._attend_backward(self.ar, dout, q, k, v, out, saved[1], dq, text_dk, text_dv)
-        for gradient, more in ((dk, text_dk), (dv, text_dv)):
-            gradient.index_add_(0, self.ar_index, more[self.ar_index])
+        self.add_text(dk.flatten(1), dv.flatten(1), text_dk.flatten(1), text_dv.flatten(1))
         return Gradients(dq, dk, dv)
+
+    def add_text(self, dk: Tensor, dv: Tensor, text_dk: Tensor, text_dv: Tensor) -> None:
+        """dk += text_dk, dv += text_dv in the rows of AR tokens; all [S, width], contiguous."""
+        width = dk.shape[1]
+        _add_text[(self.ar.count, self.frame.text)](
+            dk, dv, text_dk, text_dv, self.ar.query_starts, self.ar.query_lengths,
+            width, triton.next_power_of_2(width), num_warps=4,
+        )  # fmt: skip
 
     def _attend(self, sequences: Sequences, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
         plan = _plan(self._shape(sequences, q, k, v, out), self.device)
@@ -146,10 +236,10 @@ class CudnnAttention:
         self, sequences: Sequences, q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor | None = None
     ) -> "PlanShape":
         longest_query, longest_key = (
-            -(-n // ROUND_TO) * ROUND_TO for n in (sequences.longest_query, sequences.longest_key)
+            _up(n, ROUND_TO) for n in (sequences.longest_query, sequences.longest_key)
         )
         return PlanShape(
-            sequences.causal, self.batch, q.shape[1], k.shape[1], q.shape[2], longest_query, longest_key,
+            sequences.causal, sequences.count, q.shape[1], k.shape[1], q.shape[2], longest_query, longest_key,
             q.stride(0), k.stride(0), v.stride(0), out.stride(0), out.stride(0) if dout is None else dout.stride(0),
         )  # fmt: skip
 
@@ -159,11 +249,38 @@ class CudnnAttention:
         for name, tensor in tensors.items():
             asks = name.removeprefix("d") in ("q", "o")
             starts = sequences.query_starts if asks else sequences.key_starts
-            key = (starts.data_ptr(), tensor.stride(0))
+            key = (starts.data_ptr(), len(starts), tensor.stride(0))
             if key not in self._offsets:
                 self._offsets[key] = starts * tensor.stride(0)
             rows[f"{name}_starts"] = self._offsets[key]
         return rows
+
+
+@triton.jit
+def _add_text(
+    dk: tl.tensor,
+    dv: tl.tensor,
+    text_dk: tl.tensor,
+    text_dv: tl.tensor,
+    starts: tl.tensor,
+    lengths: tl.tensor,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """A program takes one token of one sample."""
+    sample, token = tl.program_id(0), tl.program_id(1)
+    if token < tl.load(lengths + sample):
+        columns = tl.arange(0, BLOCK)
+        inside = columns < WIDTH
+        at = (tl.load(starts + sample) + token) * WIDTH + columns
+        _add_at(dk, text_dk, at, inside)
+        _add_at(dv, text_dv, at, inside)
+
+
+@triton.jit
+def _add_at(whole: tl.tensor, part: tl.tensor, at: tl.tensor, inside: tl.tensor) -> None:
+    total = tl.load(whole + at, mask=inside).to(tl.float32) + tl.load(part + at, mask=inside)
+    tl.store(whole + at, total.to(whole.dtype.element_ty), mask=inside)
 
 
 class PlanShape(NamedTuple):
@@ -344,3 +461,7 @@ def _handle(device: torch.device) -> Any:
 @cache
 def _has_cudnn_front_end(index: int) -> bool:
     return importlib.util.find_spec("cudnn") is not None and torch.cuda.get_device_capability(index) >= (9, 0)
+
+
+def _up(n: int, step: int) -> int:
+    return -(-n // step) * step

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from hdl.adapter.flat import FLAT, flat_parameter, flatten_adapter, point_at_flat, trained_parameters
 from hdl.kernels.adapter_copies import AdapterCopies
-from hdl.kernels.attention import run_attention
+from hdl.kernels.attention import Frame
 from hdl.kernels.backend import has_fp8
 from hdl.kernels.graphs import Graphs
 from hdl.kernels.layer import KEPT, Entrance, FusedLayer, Run, Shared, packs
 from hdl.kernels.linears import Fp8Linear, FullLinear, PackedLinear, adapter_order, base_of
 from hdl.kernels.rms_norm import rms_norm, rms_norm_backward
-from hdl.o1.decoder import Decoder, DecoderLayer, RMSNorm, rotary_angles
+from hdl.o1.decoder import Decoder, DecoderLayer, RMSNorm
 from hdl.o1.layout import Layout
 
 
@@ -53,8 +53,13 @@ def fuse(adapted: PeftModel, *, fp8: bool = False, keep: str | list[str] = "ever
     fused = FusedDecoder(decoder, flat, Fp8Linear if fp8 else FullLinear, levels)
     decoder.forward = fused.forward  # type: ignore[method-assign]
     if list(trained_parameters(adapted)) == [FLAT]:  # else a gradient leaves the decoder at its input, too
-        o1 = adapted.get_base_model()
-        o1.forward = Graphs(o1.forward, flat, fused.shared, fused.copies, lambda: fused.last_run).forward
+        fused.graphs = Graphs(fused)
+
+
+def graphs_of(adapted: PeftModel) -> Graphs | None:
+    """What replays the training passes of a fused model, if anything does."""
+    fused = getattr(_decoder(adapted).forward, "__self__", None)
+    return fused.graphs if isinstance(fused, FusedDecoder) else None
 
 
 def cannot_fuse(adapted: PeftModel) -> str | None:
@@ -88,32 +93,42 @@ class FusedDecoder:
         self.norm = decoder.norm
         self.shared = Shared(flat)
         self.layers: list[FusedLayer] = []
-        self.last_run: tuple[Layout, Run] | None = None
+        self.graphs: Graphs | None = None
+        self._last_run: tuple[Layout, Run] | None = None
         start = 0
         for layer, keep in zip(_decoder_layers(decoder), levels):
             below = self.layers[-1] if self.layers else None
             self.layers.append(FusedLayer(layer, self.config, packed, keep, below, self.shared))
             start = self.layers[-1].lay_out_adapter(start)
         linears = [linear for fused in self.layers for linear in fused.linears]
-        self.copies = AdapterCopies([block for linear in linears for block in linear.copies()])
+        self.copies = AdapterCopies(linears)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """As Decoder.forward: x [S, D] -> [S, D]."""
-        run = self._run_of(layout, x)
-        if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-            self.copies.refresh()
+        self.copies.refresh()
+        if self.graphs and torch.is_grad_enabled():
+            replayed = self.graphs(x, layout)
+            if replayed is not None:
+                return replayed
+        try:
+            return self.passes(x, self._run_of(layout, x))
+        except torch.OutOfMemoryError:
+            if not (self.graphs and self.graphs.drop()):
+                raise
+        return self.passes(x, self._run_of(layout, x))
+
+    def passes(self, x: Tensor, run: Run) -> Tensor:
+        """All layers, with the adapter's values as they were last brought in."""
         x = Entrance.apply(x, self.shared.leaf, self.shared)  # type: ignore[no-untyped-call]
         for layer in self.layers:
             x = layer(x, run)
         return FinalNorm.apply(x, self.norm)  # type: ignore[no-any-return,no-untyped-call]
 
     def _run_of(self, layout: Layout, x: Tensor) -> Run:
-        """Made once for a layout that comes several times in a row: when sampling, or to be captured."""
-        if self.last_run is None or self.last_run[0] is not layout:
-            angles = rotary_angles(layout.positions, self.config)
-            run = Run(angles.cos(), angles.sin(), run_attention(layout, x.device, x.dtype))
-            self.last_run = (layout, run)
-        return self.last_run[1]
+        """Made once for a layout that comes several times in a row, as when sampling."""
+        if self._last_run is None or self._last_run[0] is not layout:
+            self._last_run = (layout, Run.of(Frame.of(layout, exact=True), layout, self.config, x))
+        return self._last_run[1]
 
 
 class FinalNorm(torch.autograd.Function):

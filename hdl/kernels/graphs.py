@@ -1,139 +1,174 @@
-"""Small steps replayed as CUDA graphs, so that the GPU never waits for the CPU to launch kernels.
+"""Training passes replayed as CUDA graphs, so that the GPU never waits for the CPU to launch kernels.
 
-One 1024x1024 image is some 1,200 tokens: its forward and backward take the GPU 60 to 70 ms, and the CPU
-longer than that to launch 2,000 kernels. Training data meets the same layouts again every epoch (a layout
-is the text length and grid of each image in the pack), so the second time a layout comes, its forward and
-backward are captured as two graphs, and from then on replayed from one launch each. Larger packs keep the
-GPU busy by themselves and stay as they are, as do layouts met once.
+The decoder's forward and backward are some 2,500 launches. For one 1024x1024 image the GPU needs 60 ms for
+them, the CPU 100 to 200; with fp8 arithmetic the CPU is the slower one at four images, too. So both passes
+are captured as graphs, and replayed from one launch each.
 
-Inputs are copied to where the graph reads them; the adapter's values are brought into the packed weights
-before each replay, outside of the graph. All graphs share one pool of memory: a forward is always followed
-by its own backward before another graph runs, so what one leaves there another may overwrite.
+What is captured depends on a layout's `Frame` alone (hdl/kernels/attention.py): the number of tokens, rounded
+up, and bounds of the sequences' lengths. Positions, starts and lengths are data that every step loads, so a
+stream of ever new sizes is soon served by the graphs it has. Before a capture one layer of each kind is
+run outside of it, which compiles kernels and lets matrix products race; nothing of the decoder's size is
+ever run twice.
+
+All graphs share one pool of memory: a forward is always followed by its own backward before another graph
+runs, so what one leaves there another may overwrite. Whoever asks for a second forward first gets a plain
+one. The adapter's values are brought into the packed weights before each replay, outside of the graph.
 """
 
-from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hdl.kernels.adapter_copies import AdapterCopies
-from hdl.kernels.layer import Shared
+from hdl.kernels.attention import Frame, needs_exact_frame
+from hdl.kernels.layer import Run, rehearse
 from hdl.o1.layout import Layout, Segment
 
-MAX_TOKENS = 2560  # of a pack; launching no longer matters above
-MAX_GRAPHS = 64  # layouts; each graph is a few MB of the driver's memory
+if TYPE_CHECKING:
+    from hdl.kernels.fuse import FusedDecoder
+
+MAX_GRAPHS = 24  # frames; each holds a hundred MB for its inputs, and some MB of the driver's memory
 
 
-@dataclass(frozen=True)
 class Captured:
-    """A layout's two graphs, and where they read and write."""
+    """One frame's two graphs, and where they read and write."""
 
-    inputs: tuple[Tensor, ...]  # text, z, t, pixels
-    errors: Tensor
-    d_errors: Tensor
-    forward: torch.cuda.CUDAGraph
-    backward: torch.cuda.CUDAGraph
-    read: tuple[object, ...]  # the layout and what was made of it: the graphs read their memory for ever
+    def __init__(self, decoder: "FusedDecoder", frame: Frame, x: Tensor, layout: Layout, pool: Any) -> None:
+        """Capture both passes; x [S, D] and layout are of the first step to come."""
+        self.frame = frame
+        self.run = Run.of(frame, layout, decoder.config, x)
+        self.loaded: tuple[Segment, ...] = layout.segments
+        self.x = x.new_zeros(frame.tokens, x.shape[1])
+        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        shared = decoder.shared
+        gradient = shared.scratch_gradient()
+        # A thread that reads ahead may allocate during the capture.
+        options: dict[str, Any] = {"pool": pool, "capture_error_mode": "thread_local"}
+        # Autograd ties a leaf to the stream on which it was first used, which is not the capture's.
+        shared.leaf = leaf = shared.flat.detach().requires_grad_()
+        try:
+            with torch.cuda.graph(self.forward, **options):
+                out = decoder.passes(self.x, self.run)
+            # Read by then, and not kept for backward: the gradient takes its place.
+            self.out = out.detach()
+            with torch.autograd.set_multithreading_enabled(False), torch.cuda.graph(self.backward, **options):
+                shared.use_gradient(gradient)
+                torch.autograd.grad(out, leaf, self.out)
+        finally:
+            shared.leaf = shared.flat
+
+    def load(self, x: Tensor, layout: Layout) -> None:
+        tokens = len(x)
+        self.x[:tokens].copy_(x)
+        self.x[tokens:].zero_()
+        if layout.segments != self.loaded:
+            self.run.load(layout)
+            self.loaded = layout.segments
+
+
+class Forward:
+    """A replayed forward pass, alive as long as its backward can come."""
 
 
 class Graphs:
-    """Stands in for O1.forward while training; everything else goes through to the plain call."""
+    """Stands in for a decoder's training passes."""
 
-    def __init__(
-        self,
-        forward: Callable[..., Tensor],
-        flat: nn.Parameter,
-        shared: Shared,
-        copies: AdapterCopies,
-        last_run: Callable[[], object],
-    ) -> None:
-        """last_run: what the decoder made of the layout it was last called with."""
-        self.eager, self.last_run = forward, last_run
-        self.flat, self.shared, self.copies = flat, shared, copies
-        self._seen: set[tuple[Segment, ...]] = set()
-        self._captured: OrderedDict[tuple[Segment, ...], Captured] = OrderedDict()
+    def __init__(self, decoder: "FusedDecoder") -> None:
+        self.decoder = decoder
+        self.captured: list[Captured] = []  # least recently used first
         self._pool: Any = None
-        self._gradient: Tensor | None = None
-        self._enabled = flat.is_cuda
+        self._enabled = decoder.shared.flat.is_cuda
+        self._open: weakref.ref[Forward] | None = None  # the one whose backward is still to come
 
-    def forward(self, text: Tensor, z: Tensor, t: Tensor, layout: Layout, measure: Any = None) -> Tensor:
-        """As O1.forward. measure: with a field `pixels`, as hdl.flow.loss.X0Error, to be replayed."""
-        captured = None
-        if self._enabled and torch.is_grad_enabled() and hasattr(measure, "pixels"):
-            captured = self._graph_of(text, z, t, layout, measure)
+    def __call__(self, x: Tensor, layout: Layout) -> Tensor | None:
+        """As FusedDecoder.forward, or None where it has to be a plain call."""
+        if not self._enabled or (self._open and self._open() is not None):
+            return None
+        captured = self._graph_for(x, layout)
         if captured is None:
-            return self.eager(text, z, t, layout, measure)
-        return _Replay.apply(self.flat, self, captured, text, z, t, measure.pixels)  # type: ignore[no-any-return,no-untyped-call]
+            return None
+        return _Replay.apply(self.decoder.shared.flat, self, captured, x, layout)  # type: ignore[no-any-return,no-untyped-call]
 
-    def _graph_of(self, text: Tensor, z: Tensor, t: Tensor, layout: Layout, measure: Any) -> Captured | None:
-        key = layout.segments
-        if key in self._captured:
-            self._captured.move_to_end(key)
-            return self._captured[key]
-        if layout.tokens > MAX_TOKENS:
-            return None
-        if key not in self._seen:
-            self._seen.add(key)
-            return None
-        try:
-            self._captured[key] = self._capture(text, z, t, layout, measure)
-        except torch.OutOfMemoryError:
-            self._enabled = False  # the memory of graphs comes on top of everything else's
-            print("not enough memory for CUDA graphs: small steps stay bound by the CPU")
-            return None
-        if len(self._captured) > MAX_GRAPHS:
-            self._captured.popitem(last=False)
-        return self._captured[key]
+    def drop(self) -> bool:
+        """Give the graphs' memory back; whether there was any."""
+        held = bool(self.captured)
+        self.captured.clear()
+        self._pool = None
+        torch.cuda.empty_cache()
+        return held
 
-    def _capture(self, text: Tensor, z: Tensor, t: Tensor, layout: Layout, measure: Any) -> Captured:
-        inputs = tuple(x.detach().clone() for x in (text, z, t, measure.pixels))
-        measure = replace(measure, pixels=inputs[3])
-        if self._gradient is None:
-            self._pool = torch.cuda.graph_pool_handle()
-            self._gradient = torch.empty_like(self.flat)
-        # What is made once a layout is made before the capture; a thread that reads ahead may allocate during it.
-        with torch.no_grad():
-            self.eager(*inputs[:3], layout, measure)
-        forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        options: dict[str, Any] = {"pool": self._pool, "capture_error_mode": "thread_local"}
-        # Autograd ties a leaf to the stream on which it was first used, which is not the capture's.
-        self.shared.leaf = leaf = self.flat.detach().requires_grad_()
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Take plain passes in here: a profile sees who launched what. Graphs are captured anew afterwards."""
+        self.drop()
+        enabled, self._enabled = self._enabled, False
         try:
-            with torch.cuda.graph(forward, **options):
-                errors = self.eager(*inputs[:3], layout, measure)
-                d_errors = torch.zeros_like(errors)
-            with torch.autograd.set_multithreading_enabled(False), torch.cuda.graph(backward, **options):
-                self.shared.use_gradient(self._gradient)
-                torch.autograd.grad(errors, leaf, d_errors)
+            yield
         finally:
-            self.shared.leaf = self.flat
-        read = (layout, self.last_run())
-        return Captured(inputs, errors.detach(), d_errors, forward, backward, read)
+            self._enabled = enabled
 
-    def replay_forward(self, captured: Captured, inputs: tuple[Tensor, ...]) -> Tensor:
-        for place, value in zip(captured.inputs, inputs):
-            place.copy_(value)
-        self.copies.refresh()
-        captured.forward.replay()
-        return captured.errors.clone()
+    def _graph_for(self, x: Tensor, layout: Layout) -> Captured | None:
+        serving = [c for c in self.captured if c.frame.serves(layout)]
+        if serving:
+            captured = min(serving, key=lambda c: c.frame.tokens)
+            self.captured.remove(captured)
+        else:
+            fresh = self._capture(x, layout)
+            if fresh is None:
+                return None
+            captured = fresh
+            if len(self.captured) >= MAX_GRAPHS:
+                self.captured.pop(0)
+        self.captured.append(captured)
+        return captured
 
-    def replay_backward(self, captured: Captured, d_errors: Tensor) -> Tensor:
-        assert self._gradient is not None
-        captured.d_errors.copy_(d_errors)
-        captured.backward.replay()
-        return self._gradient.clone()
+    def _capture(self, x: Tensor, layout: Layout) -> Captured | None:
+        frame = Frame.of(layout, exact=needs_exact_frame(x.device, x.dtype))
+        while True:
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            try:
+                self._rehearse(frame, x, layout)
+                return Captured(self.decoder, frame, x, layout, self._pool)
+            except torch.OutOfMemoryError:
+                if self.drop():
+                    continue  # with the memory of the others
+                self._enabled = False  # what graphs hold between steps is not there for anything else
+                print("not enough memory for CUDA graphs: small steps stay bound by the CPU")
+                return None
+
+    def _rehearse(self, frame: Frame, x: Tensor, layout: Layout) -> None:
+        decoder = self.decoder
+        with torch.no_grad():
+            rehearse(decoder.layers, decoder.norm, Run.of(frame, layout, decoder.config, x), x)
+
+    def opened(self) -> Forward:
+        """Until `closed`, or until it is let go, there is no other forward."""
+        forward = Forward()
+        self._open = weakref.ref(forward)
+        return forward
+
+    def closed(self) -> None:
+        self._open = None
 
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, flat: Tensor, graphs: Graphs, captured: Captured, *inputs: Tensor) -> Tensor:
-        ctx.graphs, ctx.captured = graphs, captured
-        return graphs.replay_forward(captured, inputs)
+    def forward(
+        ctx: Any, flat: Tensor, graphs: Graphs, captured: Captured, x: Tensor, layout: Layout
+    ) -> Tensor:
+        captured.load(x, layout)
+        captured.forward.replay()
+        ctx.graphs, ctx.captured, ctx.open = graphs, captured, graphs.opened()
+        return captured.out[: len(x)].clone()
 
     @staticmethod
-    def backward(ctx: Any, d_errors: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        gradient = ctx.graphs.replay_backward(ctx.captured, d_errors)
-        return gradient, *[None] * 6
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        captured: Captured = ctx.captured
+        captured.out[: len(d_out)].copy_(d_out)
+        captured.out[len(d_out) :].zero_()
+        captured.backward.replay()
+        ctx.graphs.closed()
+        return ctx.graphs.decoder.shared.scratch_gradient().clone(), *[None] * 4

@@ -151,7 +151,7 @@ def head_norm_rotary_backward(
     """
     (S, heads, d), kv_heads = dq.shape, dk.shape[1]
     width = (heads + 2 * kv_heads) * d
-    check_quantized(quantized, column_scale, S, width)
+    values_stride = check_quantized(quantized, column_scale, S, width)
     out = torch.empty(S, width, dtype=qkv.dtype, device=qkv.device) if out is None else out
     strides = (
         row_stride("dq", dq, (S, heads, d), qkv.dtype),
@@ -193,6 +193,7 @@ def head_norm_rotary_backward(
         kv_heads,
         d,
         *strides,
+        values_stride,
         *blocks,
         triton.next_power_of_2(kv_heads * d),
         num_warps=warps_for(2 * blocks[0] * blocks[2]),
@@ -223,6 +224,7 @@ def _backward_kernel(
     DV_STRIDE: tl.constexpr,
     STRIDE: tl.constexpr,
     OUT_STRIDE: tl.constexpr,
+    VALUES_STRIDE: tl.constexpr,
     HEADS_BLOCK: tl.constexpr,
     KV_HEADS_BLOCK: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
@@ -231,7 +233,6 @@ def _backward_kernel(
     HALF: tl.constexpr = d // 2
     K_START: tl.constexpr = HEADS * d
     V_START: tl.constexpr = (HEADS + KV_HEADS) * d
-    WIDTH: tl.constexpr = (HEADS + 2 * KV_HEADS) * d
     token = tl.program_id(0).to(tl.int64)
     dq += token * DQ_STRIDE
     dk += token * DK_STRIDE
@@ -268,7 +269,7 @@ def _backward_kernel(
         k_peak = tl.max(tl.max(tl.maximum(tl.abs(k1), tl.abs(k2)), axis=1), axis=0)
         peak = tl.maximum(tl.maximum(q_peak, k_peak), tl.max(tl.abs(v), axis=0))
         tl.store(scale + token, scale_of(peak))
-        values += token * WIDTH
+        values += token * VALUES_STRIDE
         tl.store(values + q_first, to_e4m3(q1, peak), mask=q_inside)
         tl.store(values + q_first + HALF, to_e4m3(q2, peak), mask=q_inside)
         tl.store(values + k_first, to_e4m3(k1, peak), mask=k_inside)

@@ -16,21 +16,22 @@ Gradients of the residual stream pass from layer to layer in the buffer that the
 S tokens, D hidden size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hdl.kernels.attention import RunAttention
+from hdl.kernels.attention import Frame, RunAttention, run_attention
 from hdl.kernels.head_norm_rotary import head_norm_rotary, head_norm_rotary_backward
 from hdl.kernels.linears import Buffer, PackedLinear
 from hdl.kernels.quantize import quantize_rows
 from hdl.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_backward
 from hdl.kernels.swiglu import swiglu, swiglu_backward
 from hdl.o1.config import O1Config
-from hdl.o1.decoder import DecoderLayer
+from hdl.o1.decoder import DecoderLayer, RMSNorm, rotary_angles
+from hdl.o1.layout import Layout
 
 # What backward finds ready besides the layer's input x, by level; each level keeps less than the one before.
 KEPT: dict[str, frozenset[str]] = {
@@ -43,11 +44,31 @@ KEPT: dict[str, frozenset[str]] = {
 
 @dataclass(frozen=True)
 class Run:
-    """What all layers share in one forward pass: rotary cos and sin, float32 [S, d/2], and attention."""
+    """What all layers share in one forward pass: rotary cos and sin, float32 [frame.tokens, d/2], and
+    attention."""
 
+    config: O1Config
     cos: Tensor
     sin: Tensor
     attention: RunAttention
+
+    @classmethod
+    def of(cls, frame: Frame, layout: Layout, config: O1Config, like: Tensor) -> "Run":
+        """like: of the hidden states' device and dtype."""
+        cos, sin = like.new_zeros(2, frame.tokens, config.head_dim // 2, dtype=torch.float32)
+        run = cls(config, cos, sin, run_attention(frame, layout, like.device, like.dtype))
+        run._turn(layout)
+        return run
+
+    def load(self, layout: Layout) -> None:
+        """Be the run of another layout that fits the frame, in the same memory."""
+        self.attention.load(layout)
+        self._turn(layout)
+
+    def _turn(self, layout: Layout) -> None:
+        angles = rotary_angles(layout.positions, self.config)
+        torch.cos(angles, out=self.cos[: len(angles)])
+        torch.sin(angles, out=self.sin[: len(angles)])
 
 
 class Shared:
@@ -58,6 +79,7 @@ class Shared:
         self.leaf = flat  # whose gradient is asked for: `flat`, or what stands in for it in a capture
         self.input_learns = False  # whether something before the first layer is trained too
         self._gradient: Tensor | None = None
+        self._scratch: Tensor | None = None
         self._handed: Buffer | None = None
 
     @property
@@ -71,6 +93,12 @@ class Shared:
         """Let the next backward pass write its gradient there."""
         self._gradient = buffer
 
+    def scratch_gradient(self) -> Tensor:
+        """Room for a gradient, always the same: what a captured backward pass writes to."""
+        if self._scratch is None:
+            self._scratch = torch.empty_like(self.flat)
+        return self._scratch
+
     def take_gradient(self) -> Tensor:
         gradient, self._gradient = self.gradient, None
         return gradient
@@ -79,6 +107,10 @@ class Shared:
         """Leave the gradient of the residual stream where the layer below will read it."""
         self._handed = buffer
         return buffer.values
+
+    def forget(self) -> None:
+        """Start over with nothing handed down and no gradient begun."""
+        self._gradient = self._handed = None
 
     def handed(self, gradient: Tensor) -> Buffer | None:
         """The buffer the layer above has left, if `gradient` is what it holds."""
@@ -267,7 +299,7 @@ def backward(made: Made, dout: Tensor) -> Tensor | None:
     if "down_in" in made.things:
         swiglu_backward(d_hidden, gate_up, **settings)
     else:  # remade in the same pass
-        down_in = layer.down.input_buffer(tokens)
+        down_in = _without_rows(layer.down.input_buffer(tokens))
         swiglu_backward(d_hidden, gate_up, h=down_in.values, **settings)
         layer.down.lower_input(down_in)
         made.things["down_in"] = down_in
@@ -316,6 +348,25 @@ def backward(made: Made, dout: Tensor) -> Tensor | None:
     return _residual_gradient(made, d_normed, d_o.values)
 
 
+def rehearse(layers: Sequence[FusedLayer], norm: RMSNorm, run: Run, like: Tensor) -> None:
+    """Run one layer of every kind, forward and backward, and the last norm, on random numbers.
+
+    Whatever is done once for a size (compiling kernels, choosing among products, cuDNN's plans) is done by
+    then. like: of the hidden states' width, device and dtype.
+    """
+    generator = torch.Generator(like.device)  # nobody else's numbers may change by this
+    x, d_out = like.new_empty(2, len(run.cos), like.shape[1]).normal_(generator=generator)
+    kinds = {(layer.keep, layer.below is None): layer for layer in layers}
+    for layer in kinds.values():
+        layer.shared.use_gradient(layer.shared.scratch_gradient())
+        made = Made(layer, run, {"x": x})
+        out = made.need("out")
+        backward(Made(layer, run, made.kept(KEPT[layer.keep])), d_out)
+        layer.shared.forget()
+    normed, rstd = rms_norm(out, norm.weight, norm.eps)
+    rms_norm_backward(normed, out, rstd, norm.weight)
+
+
 def _residual_gradient(made: Made, d_normed: Tensor, d_residual: Tensor) -> Tensor:
     """Gradient of the layer's input, written where the layer below will read it."""
     layer, x = made.layer, made.things["x"]
@@ -333,7 +384,7 @@ def _residual_gradient(made: Made, d_normed: Tensor, d_residual: Tensor) -> Tens
 
 def _without_rows(thing: Any) -> Any:
     """Backward reads an activation for the adapter's gradients alone, in bfloat16."""
-    return replace(thing, rows=None) if isinstance(thing, Buffer) else thing
+    return replace(thing, wide_rows=None) if isinstance(thing, Buffer) else thing
 
 
 def _buffered(gradient: Tensor, linear: PackedLinear) -> Buffer:

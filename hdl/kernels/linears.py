@@ -14,25 +14,26 @@ R columns wider than they are, whose last columns (`low`) take the small product
     N  [ W   sB ]        forward reads the upper rows, backward the left columns
     R  [ A    0 ]
 
-fp8: W alone is e4m3 with one scale an output channel. Forward takes it as it is; backward needs the
-values transposed, because Hopper's fp8 units read both operands along the inner dimension, and there the
-scales lie along the inner dimension too, so they are multiplied into dy before it is quantized. The LoRA
-side stays in bfloat16.
+fp8: W is e4m3 with one scale an output channel. Forward takes it as it is; backward needs the values
+transposed, because Hopper's fp8 units read both operands along the inner dimension, and there the scales lie
+along the inner dimension too, so they are multiplied into dy before it is quantized. The LoRA side is folded
+in likewise: E columns more hold its bfloat16 numbers as sums of two e4m3 numbers (hdl/kernels/folded.py),
+in the weights since the last refresh of the adapter, in an activation's `wide_rows` once `low` is known.
 
 R is the sum of the members' ranks, rounded up to 8 so that rows stay aligned; the padding is zero.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
-from hdl.kernels.adapter_copies import Block
 from hdl.kernels.backend import named
+from hdl.kernels.folded import Fold, fold_low, folded_width
 from hdl.kernels.gemm import product, product_rows_fp8, product_transposed
-from hdl.kernels.quantize import Rowwise, empty_rows, quantize_rows
+from hdl.kernels.quantize import Rowwise, empty_rows, quantize_weight
 
 ALIGNMENT = 8  # elements: 16 bytes of bfloat16
 ADAPTER = "default"
@@ -43,12 +44,12 @@ class Buffer:
     """An activation or gradient [S, width] on its way into a product.
 
     wide [S, width + R]: the values in the first columns, `low`, their product with A or sB, in the last.
-    rows: the values once more in e4m3, for an fp8 product.
+    wide_rows [S, width + E]: both once more in e4m3, for an fp8 product; None where there is none.
     """
 
     wide: Tensor
     width: int
-    rows: Rowwise | None
+    wide_rows: Rowwise | None
 
     @property
     def values(self) -> Tensor:
@@ -57,6 +58,11 @@ class Buffer:
     @property
     def low(self) -> Tensor:
         return self.wide[:, self.width :]
+
+    @property
+    def rows(self) -> Rowwise | None:
+        """The values in e4m3, without the columns of `low`."""
+        return None if self.wide_rows is None else self.wide_rows.columns(0, self.width)
 
 
 @dataclass(frozen=True)
@@ -84,12 +90,26 @@ class Member:
         return self.module.scaling[ADAPTER]  # type: ignore[union-attr,index,return-value]
 
 
+@dataclass(frozen=True)
+class Block:
+    """What is to be copied from the adapter before a forward pass.
+
+    source [rows, columns]; target, of the same shape, may be a block of a larger matrix. module: PEFT's
+    linear, asked for its scaling and whether its adapter is switched off. scaled: a B, which is multiplied
+    with the scaling, and zero while the adapter is off.
+    """
+
+    source: nn.Parameter
+    target: Tensor
+    module: nn.Module
+    scaled: bool
+
+
 class PackedLinear:
     """Base of both formats: the members, and the LoRA side in A [R, K] and sB [N, R]."""
 
     a: Tensor
     b: Tensor
-    quantizes = False
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.members = _members(modules)
@@ -114,6 +134,10 @@ class PackedLinear:
             )
         ]
 
+    def folds(self) -> list[Fold]:
+        """What must be folded into e4m3 weights after that."""
+        return []
+
     def input_buffer(self, tokens: int) -> Buffer:
         """Where the activation that this linear reads is to be written."""
         return self._buffer(tokens, self.k)
@@ -124,16 +148,16 @@ class PackedLinear:
 
     def _buffer(self, tokens: int, width: int) -> Buffer:
         wide = torch.empty(tokens, width + self.r, device=self.a.device, dtype=self.a.dtype)
-        return Buffer(wide, width, empty_rows(tokens, width, wide.device) if self.quantizes else None)
+        return Buffer(wide, width, None)
 
     def lower_input(self, x: Buffer) -> None:
-        """x A^T into x.low."""
+        """x A^T into x.low, and on into x.wide_rows, whose other columns are filled."""
         if self.r:
             with named("lora"):
                 product(x.values, self.a, out=x.low)
 
     def lower_gradient(self, dy: Buffer) -> None:
-        """dy sB into dy.low."""
+        """dy sB into dy.low, and on into dy.wide_rows, whose other columns are filled."""
         if self.r:
             with named("lora"):
                 product_transposed(dy.values, self.b, out=dy.low)
@@ -195,44 +219,69 @@ class FullLinear(PackedLinear):
 
 
 class Fp8Linear(PackedLinear):
-    """The members' weights in e4m3, row-wise scaled, and once more transposed."""
-
-    quantizes = True
+    """The members' weights in e4m3, row-wise scaled, and once more transposed; both with the LoRA side in E
+    columns more. The factors are what `low` is multiplied with on its way into e4m3."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         super().__init__(modules)
         like = base_of(modules[0]).weight
         self.a = like.new_zeros(self.r, self.k)
         self.b = like.new_zeros(self.n, self.r)
-        self.weight = empty_rows(self.n, self.k, like.device)
+        self.input_factors, self.gradient_factors = torch.ones(2, self.r, device=like.device)
+        self.weight = _ones_and_zeros(self.n, self.k + folded_width(self.r), like.device)
         for member in self.members:
             base = base_of(member.module)
-            quantized = quantize_rows(base.weight.detach())
-            self.weight.values[member.rows].copy_(quantized.values)
-            self.weight.scale[member.rows].copy_(quantized.scale)
-            base.weight.data = self.weight.values[member.rows]
-        ones = torch.ones(self.k, device=like.device)
-        self.transposed = Rowwise(self.weight.values.t().contiguous(), ones)
+            rows = Rowwise(self.weight.values[member.rows, : self.k], self.weight.scale[member.rows])
+            quantize_weight(base.weight.detach(), rows)
+            base.weight.data = rows.values
+        self.transposed = _ones_and_zeros(self.k, self.n + folded_width(self.r), like.device)
+        self.transposed.values[:, : self.n].copy_(self.weight.values[:, : self.k].t())
+
+    def folds(self) -> list[Fold]:
+        if not self.r:
+            return []
+        w, t = self.weight, self.transposed
+        return [
+            Fold(self.b, w.scale, w.values[:, self.k :], self.input_factors),
+            Fold(self.a.t(), t.scale, t.values[:, self.n :], self.gradient_factors),
+        ]
+
+    def _buffer(self, tokens: int, width: int) -> Buffer:
+        buffer = super()._buffer(tokens, width)
+        rows = empty_rows(tokens, width + folded_width(self.r), self.a.device)
+        return replace(buffer, wide_rows=rows)
+
+    def lower_input(self, x: Buffer) -> None:
+        super().lower_input(x)
+        self._fold_low(x, self.input_factors)
+
+    def lower_gradient(self, dy: Buffer) -> None:
+        super().lower_gradient(dy)
+        self._fold_low(dy, self.gradient_factors)
+
+    def _fold_low(self, buffer: Buffer, factors: Tensor) -> None:
+        if self.r and buffer.wide_rows is not None:
+            with named("lora"):
+                fold_low(buffer.low, factors, buffer.wide_rows)
 
     def forward(self, x: Buffer, plus: Tensor | None = None) -> Tensor:
-        assert x.rows is not None
+        assert x.wide_rows is not None
         y = self.a.new_empty(len(x.wide), self.n)
-        if self.r:  # first, so that the large product adds it on its way out
-            with named("lora"):
-                plus = product(x.low, self.b, out=y, plus=plus)
-        return product_rows_fp8(x.rows, self.weight, out=y, plus=plus)
+        return product_rows_fp8(x.wide_rows, self.weight, out=y, plus=plus)
 
     def backward(self, dy: Buffer) -> Tensor:
-        assert dy.rows is not None
-        dx, plus = self.a.new_empty(len(dy.wide), self.k), None
-        if self.r:
-            with named("lora"):
-                plus = product_transposed(dy.low, self.a, out=dx)
-        return product_rows_fp8(dy.rows, self.transposed, out=dx, plus=plus)
+        assert dy.wide_rows is not None
+        dx = self.a.new_empty(len(dy.wide), self.k)
+        return product_rows_fp8(dy.wide_rows, self.transposed, out=dx)
 
     @property
     def gradient_scale(self) -> Tensor:
         return self.weight.scale
+
+
+def _ones_and_zeros(rows: int, columns: int, device: torch.device) -> Rowwise:
+    values = torch.zeros(rows, columns, dtype=torch.float8_e4m3fn, device=device)
+    return Rowwise(values, torch.ones(rows, device=device))
 
 
 def _into(out: Tensor, left: Tensor, right: Tensor) -> None:

@@ -31,6 +31,7 @@ from torch import Tensor
 from hdl.flow.noise import add_noise, clip_noise
 from hdl.kernels.backend import runs_triton
 from hdl.o1.patches import PATCH_DIM, to_model
+from hdl.transfer import send
 
 QUADS = PATCH_DIM // 4  # counters a patch
 BLOCK = 256  # counters a program: one a thread, so that nothing changes hands between threads
@@ -125,21 +126,22 @@ def _noise_patches_fused(
     patches, samples, device = len(pixels), len(counts), pixels.device
     if pixels.stride(1) != 1:
         pixels = pixels.contiguous()
-    # One small copy to the device; what is longer than the number of samples is made there.
+    # One small copy to the device; each program finds its sample there.
     starts = np.cumsum([0, *counts])[:-1].tolist()
-    count, key, start = torch.tensor([list(counts), list(keys), starts]).to(device, non_blocking=True)
-    sample = torch.arange(samples, device=device).repeat_interleave(count, output_size=patches)
+    count, key, start = send(torch.tensor([list(counts), list(keys), starts]), device)
     noise_level = sigma.to(device, torch.float32).contiguous()
     z = torch.empty(patches, PATCH_DIM, dtype=dtype, device=device)
     bound = noise_level  # not read where nothing is clipped
     if clip is not None:
         bound = torch.empty(samples, dtype=torch.float32, device=device)
         sums = torch.empty(2, patches, dtype=torch.float32, device=device)
-        _sums_of_patches[(patches,)](sample, key, start, sums, patches, QUADS, BLOCK, num_warps=8)
+        _sums_of_patches[(patches,)](
+            key, start, sums, samples, patches, triton.next_power_of_2(samples), QUADS, BLOCK, num_warps=8
+        )
         _bounds_of_samples[(samples,)](sums, start, count, bound, patches, clip, PATCH_DIM, 1024, num_warps=4)
     _noise[(patches, QUADS // BLOCK)](
-        pixels, sample, key, start, noise_level, bound, z,
-        pixels.stride(0), noise_scale, QUADS, BLOCK, clip is not None, num_warps=8,
+        pixels, key, start, noise_level, bound, z, samples,
+        pixels.stride(0), noise_scale, triton.next_power_of_2(samples), QUADS, BLOCK, clip is not None, num_warps=8,
     )  # fmt: skip
     return z
 
@@ -198,16 +200,27 @@ def _mix_one(
 
 
 @triton.jit
+def _sample_of(
+    patch: tl.tensor, start_ptr: tl.tensor, samples: tl.tensor, SAMPLES: tl.constexpr
+) -> tl.tensor:
+    """The last of the samples that start at or before this patch."""
+    sample = tl.arange(0, SAMPLES)
+    start = tl.load(start_ptr + sample, mask=sample < samples, other=0)
+    return tl.sum(((start <= patch) & (sample < samples)).to(tl.int32), axis=0) - 1
+
+
+@triton.jit(do_not_specialize=["samples"])
 def _noise(
     pixels_ptr: tl.tensor,
-    sample_ptr: tl.tensor,
     key_ptr: tl.tensor,
     start_ptr: tl.tensor,
     sigma_ptr: tl.tensor,
     bound_ptr: tl.tensor,
     z_ptr: tl.tensor,
+    samples: tl.tensor,
     stride: tl.tensor,
     noise_scale: tl.tensor,
+    SAMPLES: tl.constexpr,
     QUADS: tl.constexpr,
     BLOCK: tl.constexpr,
     CLIPS: tl.constexpr,
@@ -215,7 +228,7 @@ def _noise(
     """A program mixes BLOCK quads of one patch: four runs of BLOCK neighbouring columns."""
     patch = tl.program_id(0).to(tl.int64)
     quad = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    sample = tl.load(sample_ptr + patch)
+    sample = _sample_of(patch, start_ptr, samples, SAMPLES)
     inside = patch - tl.load(start_ptr + sample)
     n0, n1, n2, n3 = _normals(tl.load(key_ptr + sample), inside, quad)
     sigma = tl.load(sigma_ptr + sample)
@@ -228,19 +241,20 @@ def _noise(
     _mix_one(pixels, z, quad + 3 * QUADS, n3, sigma, scale, bound, CLIPS)
 
 
-@triton.jit(do_not_specialize=["patches"])
+@triton.jit(do_not_specialize=["samples", "patches"])
 def _sums_of_patches(
-    sample_ptr: tl.tensor,
     key_ptr: tl.tensor,
     start_ptr: tl.tensor,
     sums_ptr: tl.tensor,
+    samples: tl.tensor,
     patches: tl.tensor,
+    SAMPLES: tl.constexpr,
     QUADS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     """sums [2, patches]: the sum of each patch's eps, and of their squares."""
     patch = tl.program_id(0).to(tl.int64)
-    sample = tl.load(sample_ptr + patch)
+    sample = _sample_of(patch, start_ptr, samples, SAMPLES)
     inside = patch - tl.load(start_ptr + sample)
     key = tl.load(key_ptr + sample)
     total = tl.zeros([BLOCK], dtype=tl.float32)

@@ -10,6 +10,9 @@ output channel. Forward, that scale lies along the product's columns and is appl
 lies along the contraction, where no scaled product takes it. So it is folded into the gradient before the
 gradient is quantized, and one stored copy of the values serves both directions.
 
+Frozen weights take up less of e4m3's range (`quantize_weight`): the LoRA columns that stand beside them in a
+product (hdl/kernels/folded.py) share their rows' scale and need the room above.
+
 The other kernels of the decoder layer quantize their own result before it leaves the registers: what they
 share stands here, `row_stride` for the host and `scale_of`, `to_e4m3` for the kernels.
 """
@@ -25,12 +28,14 @@ from hdl.kernels.backend import runs_triton
 
 E4M3_MAX = 448.0
 LEAST_PEAK = 1e-30  # a smaller one's inverse would leave float32
+WEIGHT_PEAK = 14.0  # E4M3_MAX / 32
+WEIGHT_ROWS_RANGE = 16.0  # of the largest scale of a weight's rows to the smallest
 MAX_WARPS = 16
 
 
 @dataclass(frozen=True)
 class Rowwise:
-    """A matrix in e4m3: values float8_e4m3fn [S, D], contiguous; scale float32 [S]."""
+    """A matrix in e4m3: values float8_e4m3fn [S, D], rows apart or next to each other; scale float32 [S]."""
 
     values: Tensor
     scale: Tensor
@@ -38,6 +43,10 @@ class Rowwise:
     def dequantize(self) -> Tensor:
         """values * scale, float32 [S, D]."""
         return self.values.float() * self.scale[:, None]
+
+    def columns(self, first: int, end: int) -> "Rowwise":
+        """Some of the columns, where they are."""
+        return Rowwise(self.values[:, first:end], self.scale)
 
 
 def empty_rows(rows: int, columns: int, device: torch.device | str) -> Rowwise:
@@ -60,12 +69,12 @@ def quantize_rows(x: Tensor, column_scale: Tensor | None = None, into: Rowwise |
     S, D = x.shape
     into = into or empty_rows(S, D, x.device)
     stride = row_stride("x", x, (S, D), x.dtype)
-    check_quantized(into, column_scale, S, D)
+    values_stride = check_quantized(into, column_scale, S, D)
     if not runs_triton(x):
         return _quantize_plain(x, column_scale, into)
     block = triton.next_power_of_2(D)
     _quantize_kernel[(S,)](
-        x, column_scale, into.values, into.scale, D, stride, block, num_warps=warps_for(block)
+        x, column_scale, *parts(into), D, stride, values_stride, block, num_warps=warps_for(block)
     )
     return into
 
@@ -78,6 +87,23 @@ def _quantize_plain(x: Tensor, column_scale: Tensor | None, into: Rowwise) -> Ro
     return into
 
 
+def quantize_weight(weight: Tensor, into: Rowwise) -> None:
+    """A frozen weight [N, K], in e4m3 with one scale an output channel, into columns of a wider matrix.
+
+        scale = max(max|w|, max|W| / 16, LEAST_PEAK) / 14        values = round(w / scale)
+
+    A peak of 14 instead of 448 is as exact (but for numbers below 1e-3 of the row's largest, subnormal here),
+    and leaves the range above to what stands beside the weight. The floor keeps a channel that is nearly or
+    entirely zero from a scale so small that what stands beside it does not fit; down to a 1/1000 of the floor a
+    channel's largest numbers lose nothing by it. ValueError as for `quantize_rows`.
+    """
+    check_quantized(into, None, *weight.shape)
+    peak = torch.linalg.vector_norm(weight, torch.inf, dim=1, dtype=torch.float32)
+    peak = torch.maximum(peak, peak.max() / WEIGHT_ROWS_RANGE).clamp(min=LEAST_PEAK)
+    into.scale.copy_(peak / WEIGHT_PEAK)
+    into.values.copy_(weight * (WEIGHT_PEAK / peak)[:, None])  # float32, whatever the weight's dtype
+
+
 @triton.jit
 def _quantize_kernel(
     x: tl.tensor,
@@ -86,13 +112,14 @@ def _quantize_kernel(
     scale: tl.tensor,
     D: tl.constexpr,
     STRIDE: tl.constexpr,
+    VALUES_STRIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < D
     result = tl.load(x + row * STRIDE + columns, mask=inside, other=0.0).to(tl.float32)
-    store_rowwise(result, column_scale, values, scale, row, columns, inside, D)
+    store_rowwise(result, column_scale, values, scale, row, columns, inside, VALUES_STRIDE)
 
 
 @triton.jit
@@ -104,14 +131,14 @@ def store_rowwise(
     row: tl.tensor,
     columns: tl.tensor,
     inside: tl.tensor,
-    D: tl.constexpr,
+    VALUES_STRIDE: tl.constexpr,
 ) -> None:
     """Quantize one row held in registers; what lies outside of the mask must be 0."""
     if column_scale is not None:
         result *= tl.load(column_scale + columns, mask=inside, other=0.0, eviction_policy="evict_last")
     peak = tl.max(tl.abs(result), axis=0)
     tl.store(scale + row, scale_of(peak))
-    tl.store(values + row * D + columns, to_e4m3(result, peak), mask=inside)
+    tl.store(values + row * VALUES_STRIDE + columns, to_e4m3(result, peak), mask=inside)
 
 
 @triton.jit
@@ -148,8 +175,10 @@ def row_stride(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype)
     return x.stride(0) if shape[0] > 1 else width  # a lone row's stride says nothing: torch may give any
 
 
-def check_quantized(quantized: Rowwise | None, column_scale: Tensor | None, rows: int, columns: int) -> None:
-    """ValueError unless both, where given, have the shapes, dtypes and strides of a [rows, columns] result."""
+def check_quantized(quantized: Rowwise | None, column_scale: Tensor | None, rows: int, columns: int) -> int:
+    """The row stride of quantized's values, 0 without any.
+
+    ValueError unless both, where given, have the shapes, dtypes and strides of a [rows, columns] result."""
     if column_scale is not None:
         if column_scale.dtype != torch.float32 or column_scale.shape != (columns,):
             raise ValueError(
@@ -160,7 +189,12 @@ def check_quantized(quantized: Rowwise | None, column_scale: Tensor | None, rows
             raise ValueError("column_scale is not contiguous")
         if quantized is None:
             raise ValueError("column_scale only touches what is quantized, and nothing is: pass `quantized`")
-    if quantized is not None:
-        stride = row_stride("quantized.values", quantized.values, (rows, columns), torch.float8_e4m3fn)
-        if stride != columns or quantized.scale.shape != (rows,) or not quantized.scale.is_contiguous():
-            raise ValueError(f"quantized is not contiguous values [{rows}, {columns}] with scale [{rows}]")
+    if quantized is None:
+        return 0
+    stride = row_stride("quantized.values", quantized.values, (rows, columns), torch.float8_e4m3fn)
+    scale = quantized.scale
+    if scale.shape != (rows,) or scale.dtype != torch.float32 or not scale.is_contiguous():
+        raise ValueError(
+            f"quantized.scale is {scale.dtype} {list(scale.shape)}, expected contiguous torch.float32 [{rows}]"
+        )
+    return stride

@@ -34,8 +34,8 @@ def rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """normed [S, D] in x's dtype and rstd float32 [S].
 
-    x: [S, D]; weight: [D]; out: what to fill with `normed`; quantized: filled with normed too. x and out
-    may be columns of wider matrices. ValueError for shapes, dtypes or strides that do not fit.
+    x: [S, D]; weight: [D]; out: what to fill with `normed`; quantized: filled with normed too. x, out
+    and quantized may be columns of wider matrices. ValueError for shapes, dtypes or strides that do not fit.
     """
     _, normed, rstd = _forward(x, None, weight, eps, out, quantized)
     return normed, rstd
@@ -63,7 +63,7 @@ def _forward(
     quantized: Rowwise | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     S, D = x.shape
-    check_quantized(quantized, None, S, D)
+    values_stride = check_quantized(quantized, None, S, D)
     _check_weight(weight, x)
     out = torch.empty(S, D, dtype=x.dtype, device=x.device) if out is None else out
     total = x if branch is None else torch.empty(S, D, dtype=x.dtype, device=x.device)
@@ -95,6 +95,7 @@ def _forward(
         x_stride,
         branch_stride,
         out_stride,
+        values_stride,
         block,
         num_warps=warps_for(block),
     )
@@ -116,6 +117,7 @@ def _forward_kernel(
     X_STRIDE: tl.constexpr,
     BRANCH_STRIDE: tl.constexpr,
     OUT_STRIDE: tl.constexpr,
+    VALUES_STRIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
@@ -134,7 +136,7 @@ def _forward_kernel(
     normed = x_float * inverse * weight_row.to(tl.float32)
     tl.store(out + row * OUT_STRIDE + columns, normed.to(x_row.dtype), mask=inside)
     if values is not None:
-        store_rowwise(normed, None, values, scale, row, columns, inside, D)
+        store_rowwise(normed, None, values, scale, row, columns, inside, VALUES_STRIDE)
 
 
 def rms_norm_backward(
@@ -155,7 +157,7 @@ def rms_norm_backward(
     too, column_scale float32 [D]. ValueError for shapes, dtypes or strides that do not fit.
     """
     S, D = x.shape
-    check_quantized(quantized, column_scale, S, D)
+    values_stride = check_quantized(quantized, column_scale, S, D)
     _check_weight(weight, x)
     if rstd.dtype != torch.float32 or rstd.shape != (S,) or not rstd.is_contiguous():
         raise ValueError(f"rstd is {rstd.dtype} {list(rstd.shape)}, expected contiguous torch.float32 [{S}]")
@@ -187,6 +189,7 @@ def rms_norm_backward(
         x_stride,
         dresidual_stride,
         out_stride,
+        values_stride,
         block,
         num_warps=warps_for(block),
     )
@@ -209,6 +212,7 @@ def _backward_kernel(
     X_STRIDE: tl.constexpr,
     DRESIDUAL_STRIDE: tl.constexpr,
     OUT_STRIDE: tl.constexpr,
+    VALUES_STRIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
@@ -227,7 +231,7 @@ def _backward_kernel(
         dx += past.to(tl.float32)
     tl.store(out + row * OUT_STRIDE + columns, dx.to(x_row.dtype), mask=inside)
     if values is not None:
-        store_rowwise(dx, column_scale, values, scale, row, columns, inside, D)
+        store_rowwise(dx, column_scale, values, scale, row, columns, inside, VALUES_STRIDE)
 
 
 def _check_weight(weight: Tensor, x: Tensor) -> None:

@@ -56,7 +56,7 @@ def swiglu(gate_up: Tensor, *, out: Tensor | None = None, quantized: Rowwise | N
     dtypes or strides that do not fit.
     """
     S, M = gate_up.shape[0], gate_up.shape[1] // 2
-    check_quantized(quantized, None, S, M)
+    values_stride = check_quantized(quantized, None, S, M)
     out = torch.empty(S, M, dtype=gate_up.dtype, device=gate_up.device) if out is None else out
     stride = row_stride("gate_up", gate_up, (S, 2 * M), gate_up.dtype)
     out_stride = row_stride("out", out, (S, M), gate_up.dtype)
@@ -68,7 +68,9 @@ def swiglu(gate_up: Tensor, *, out: Tensor | None = None, quantized: Rowwise | N
         return out.copy_(h)
     if quantized is not None:
         piece, options = _row(FORWARD, M)
-        _forward_row_kernel[(S,)](gate_up, out, *parts(quantized), M, stride, out_stride, piece, **options)
+        _forward_row_kernel[(S,)](
+            gate_up, out, *parts(quantized), M, stride, out_stride, values_stride, piece, **options
+        )
         return out
     block, pieces, options = _pieces(M)
     _forward_kernel[(S * pieces,)](gate_up, out, M, stride, out_stride, pieces, block, **options)
@@ -99,6 +101,7 @@ def _forward_row_kernel(
     M: tl.constexpr,
     STRIDE: tl.constexpr,
     OUT_STRIDE: tl.constexpr,
+    VALUES_STRIDE: tl.constexpr,
     PIECE: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
@@ -113,7 +116,8 @@ def _forward_row_kernel(
     tl.store(scale + row, scale_of(peak))
     for start in tl.static_range(0, M, PIECE):
         columns = start + piece
-        tl.store(values + row * M + columns, to_e4m3(kept[start // PIECE], peak), mask=columns < M)
+        to = values + row * VALUES_STRIDE + columns
+        tl.store(to, to_e4m3(kept[start // PIECE], peak), mask=columns < M)
 
 
 @triton.jit
@@ -143,7 +147,7 @@ def swiglu_backward(
     may lie over an input. ValueError for shapes, dtypes or strides that do not fit.
     """
     S, M = dh.shape
-    check_quantized(quantized, column_scale, S, 2 * M)
+    values_stride = check_quantized(quantized, column_scale, S, 2 * M)
     out = torch.empty(S, 2 * M, dtype=dh.dtype, device=dh.device) if out is None else out
     strides = (
         row_stride("dh", dh, (S, M), dh.dtype),
@@ -164,7 +168,7 @@ def swiglu_backward(
     if quantized is not None:
         piece, options = _row(BACKWARD, M)
         _backward_row_kernel[(S,)](
-            dh, gate_up, out, h, column_scale, *parts(quantized), M, *strides, piece, **options
+            dh, gate_up, out, h, column_scale, *parts(quantized), M, *strides, values_stride, piece, **options
         )
         return out
     block, pieces, options = _pieces(M)
@@ -207,6 +211,7 @@ def _backward_row_kernel(
     STRIDE: tl.constexpr,
     OUT_STRIDE: tl.constexpr,
     H_STRIDE: tl.constexpr,
+    VALUES_STRIDE: tl.constexpr,
     PIECE: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
@@ -233,7 +238,7 @@ def _backward_row_kernel(
     peak = tl.max(peaks, axis=0)
     tl.store(scale + row, scale_of(peak))
     for start in tl.static_range(0, M, PIECE):
-        to = values + row * 2 * M + start + piece
+        to = values + row * VALUES_STRIDE + start + piece
         inside = start + piece < M
         tl.store(to, to_e4m3(dgates[start // PIECE], peak), mask=inside)
         tl.store(to + M, to_e4m3(dups[start // PIECE], peak), mask=inside)

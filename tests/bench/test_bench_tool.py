@@ -15,7 +15,7 @@ import torch
 from hdl.bench import run as bench_run
 from hdl.bench.arms import Arm, Setup
 from hdl.bench.cases import all_cases
-from hdl.bench.report import IN_TURN, as_data, as_markdown
+from hdl.bench.report import ALONE, as_data, as_markdown
 from hdl.bench.timing import step_batches
 from hdl.config import Lora
 from hdl.engine.processes import Processes
@@ -62,7 +62,7 @@ def test_a_tiny_run_prints_tables_and_writes_every_figure(bench: Bench, tmp_path
     data = json.loads(out.read_text())
     assert data["engine"] == "deepspeed" and set(data["cases"]) == {"1024x4", "mixed"}
     for name, case in data["cases"].items():
-        assert set(case["arms"]) == set(arms) and case["alternating"] is True
+        assert set(case["arms"]) == set(arms) and case["alone"] == []
         assert all(value > 0 for value in case["ceilings_tflops"].values())
         losses = []
         for arm, figures in case["arms"].items():
@@ -115,12 +115,13 @@ def test_what_cannot_work_is_said_before_anything_is_built(
 
 
 class Crowded(Arm):
-    """Two arms are one too many for this GPU, and plain never survives 2048x1."""
+    """More than `room` arms are too many for this GPU, and plain never survives 2048x1."""
 
     resident: list[str]
+    room = 1
 
     def __init__(self, name: str, setup: Setup) -> None:
-        if self.resident:
+        if len(self.resident) == self.room:
             raise torch.OutOfMemoryError("full")
         super().__init__(name, setup)
         self.resident.append(name)
@@ -146,10 +147,29 @@ def test_arms_that_do_not_fit_together_run_one_after_another(
         cases, ["stock", "plain"], setup, steps=5, warmup=1, profiled=False, say=said.append
     )
     assert [list(r.arms) for r in results] == [["stock"], ["stock", "plain"]]
-    assert not any(r.alternating for r in results)
-    assert "plain does not fit into memory at 2048x1, even alone" in said
-    assert as_markdown(results).count(IN_TURN) == 2
-    assert as_data(results)["2048x1"]["alternating"] is False
+    assert [r.alone for r in results] == [["stock", "plain"], ["stock", "plain"]]
+    assert "plain did not fit into memory even alone at 2048x1" in said
+    assert as_markdown(results).count(f"{ALONE} stock, plain") == 2
+    ours, stock = results[1].arms["plain"], results[1].arms["stock"]
+    assert as_data(results)["1024x1"]["arms"]["plain"]["times_stock"] == stock.step_time / ours.step_time
+
+
+def test_arms_that_only_fit_in_pairs_take_turns_with_stock(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Crowded, "resident", [], raising=False)
+    monkeypatch.setattr(Crowded, "room", 2)
+    monkeypatch.setattr(bench_run, "Arm", Crowded)
+    cases = [all_cases(tiny=True)["1024x1"]]
+    names = ["stock", "plain", "bf16"]
+    said: list[str] = []
+    result = bench_run.run_cases(cases, names, setup, steps=5, warmup=1, profiled=False, say=said.append)[0]
+    assert list(result.arms) == names and not result.alone
+    assert said.count("built stock") == 3  # once in vain, then beside each
+    for name in ("plain", "bf16"):
+        assert result.arms[name].stock_time  # of its own turns
+    assert result.arms["stock"].stock_time == result.arms["bf16"].stock_time
+    assert result.arms["stock"].stock_time != result.arms["plain"].stock_time
 
 
 def test_one_arm_needs_no_stock_beside_it(setup: Setup) -> None:

@@ -31,6 +31,7 @@ def test_the_curves_of_both_paths_are_one(tmp_path: Path) -> None:
         "4",
         "--paths",
         "plain",
+        "regrouped",
         "fused",
         "fp8",
     ]
@@ -45,7 +46,9 @@ def test_the_curves_of_both_paths_are_one(tmp_path: Path) -> None:
     plain, fused, fp8 = (float(table[path][1]) for path in ("plain", "fused", "fp8"))
     assert abs(fused - plain) / plain < 1e-3
     assert 1e-6 < abs(fp8 - plain) / plain < 0.1  # rounded, and learning all the same
-    assert float(table["fused"][3].rstrip("%")) < 0.1
+    # 40 steps do not amplify roundings yet: over 200 at this rate both come to 0.001 % (docs/measurements.md).
+    assert float(table["fused"][3].rstrip("%")) < 0.01
+    assert float(table["regrouped"][3].rstrip("%")) < 0.01
 
 
 def test_furthest_is_the_largest_difference_of_averages() -> None:

@@ -88,6 +88,7 @@ def test_a_summary_is_a_steps_milliseconds() -> None:
     assert profile.families["gemm"] == 3.0 and profile.families["elementwise"] == 0.5
     assert sum(profile.families.values()) == 3.5
     assert profile.kernels == [("gemm", "nvjet", 1.0, 3.0), ("elementwise", "add", 0.5, 0.5)]
+    assert profile.gaps == [("nvjet", "nvjet", 0.5, 1.0)]
 
 
 def test_a_trace_is_read_for_what_the_gpu_did() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hdl.bench.cases import all_cases, useful_flops
-from hdl.bench.timing import Held, Measured, measure
+from hdl.bench.timing import UNTIMED, Held, Measured, measure
 from hdl.data.batches import Batch
 from hdl.o1.config import read_config
 
@@ -35,11 +35,12 @@ def test_arms_warm_up_alone_and_then_take_turns(tiny_base: Path) -> None:
     diary: list[tuple[str, int]] = []
     slow, quick = Fake("slow", 0.02, False, diary), Fake("quick", 0.0, True, diary)
     found = measure(case, [slow, quick], Held(CPU), config, steps=5, warmup=2)  # type: ignore[list-item]
-    warm = [(name, n) for name in ("slow", "quick") for n in range(2)]
+    more = [("quick", n) for n in range(UNTIMED, UNTIMED + 4 * 2)]  # it packs sizes, and they change
+    warm = [("slow", 0), ("slow", 1), *more, ("quick", 0), ("quick", 1)]
     assert diary == warm + [(name, n) for n in range(2, 8) for name in ("slow", "quick")]
     assert found["slow"].losses == [3.0, 4.0, 5.0, 6.0, 7.0], "the first in turn is not counted"
     assert all(0.02 <= s < 0.2 for s in found["slow"].seconds) and found["quick"].step_time < 0.02
-    assert [len(b) for b in slow.batches] == [4] * 8 and [len(b) for b in quick.batches] == [1] * 8
+    assert [len(b) for b in slow.batches] == [4] * 8 and [len(b) for b in quick.batches] == [1] * 16
     for i, number in enumerate(range(3, 8)):
         assert found["slow"].tokens[i] == sum(s.tokens for s in case.segments(number))
         assert found["quick"].flops[i] == useful_flops(config, case.segments(number))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hdl.kernels import head_norm_rotary, quantize, rms_norm, swiglu
+from hdl.kernels import adapter_copies, folded, head_norm_rotary, quantize, rms_norm, swiglu
 from tests.kernels.helpers import round_like_hardware
 
 if not torch.cuda.is_available():
@@ -14,6 +14,6 @@ if not torch.cuda.is_available():
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways an operation can go on this device."""
     if request.param == "plain":
-        for module in (head_norm_rotary, quantize, rms_norm, swiglu):
+        for module in (adapter_copies, folded, head_norm_rotary, quantize, rms_norm, swiglu):
             monkeypatch.setattr(module, "runs_triton", lambda tensor: False)
     return str(request.param)

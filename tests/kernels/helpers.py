@@ -46,6 +46,19 @@ def poisoned_rows(rows: int, columns: int) -> Rowwise:
     return into
 
 
+class RowsSlice:
+    """Room for quantized rows in columns of a wider matrix; all of it holds nan."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        self.wide = poisoned_rows(rows, columns + 24)
+        self.rows = self.wide.columns(8, 8 + columns)
+
+    def assert_untouched_beside(self) -> None:
+        beside = self.wide.values.view(torch.uint8)
+        end = 8 + self.rows.values.shape[1]
+        assert (beside[:, :8] == 0x7F).all() and (beside[:, end:] == 0x7F).all()
+
+
 def distance(got: Tensor, exact: Tensor) -> float:
     """Relative distance to a float64 result; 0 / 0 is 0."""
     assert got.shape == exact.shape and exact.dtype == torch.float64

@@ -8,6 +8,7 @@ from hdl.kernels.head_norm_rotary import head_norm_rotary, head_norm_rotary_back
 from hdl.o1.decoder import RMSNorm, rotate
 from tests.kernels.helpers import (
     DTYPES,
+    RowsSlice,
     Slice,
     assert_close,
     assert_quantizes,
@@ -110,13 +111,15 @@ def test_backward(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     case = Case(shape, dtype)
     column_scale = draw(case.width, seed=9).exp()
     exact, close = case.exact_gradients(), case.plain_gradients()
-    out, rows = Slice(case.S, case.width, dtype), poisoned_rows(case.S, case.width)
+    out, beside = Slice(case.S, case.width, dtype), RowsSlice(case.S, case.width)
+    rows = beside.rows
     got = case.backward(
         [sliced(x) for x in case.upstream], sliced(case.qkv),
         out=out.view, quantized=rows, column_scale=column_scale,
     )  # fmt: skip
     assert got.data_ptr() == out.view.data_ptr()
     out.assert_untouched_beside()
+    beside.assert_untouched_beside()
     counts = (case.heads, case.kv_heads, case.kv_heads)
     parts = got.unflatten(1, (-1, case.d)).split(counts, dim=1)
     for part, wanted, plainly in zip(parts, exact, close):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from hdl.kernels.adapter_copies import AdapterCopies
 from hdl.kernels.linears import Buffer, Fp8Linear, FullLinear, PackedLinear
-from hdl.kernels.quantize import quantize_rows
+from hdl.kernels.quantize import Rowwise, empty_rows, quantize_rows, quantize_weight
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -28,19 +28,20 @@ class Three(nn.Module):
         return torch.cat([self.q(x), self.k(x), self.v(x)], dim=-1)
 
 
-def adapted(targets: list[str]) -> nn.Module:
+def adapted(targets: list[str], b_scale: float = 0.3) -> nn.Module:
     torch.manual_seed(0)
     model = get_peft_model(Three(), LoraConfig(r=5, lora_alpha=10, target_modules=targets)).to(DEVICE)  # type: ignore[arg-type]
     for name, p in model.named_parameters():
         if "lora_B" in name:
-            nn.init.normal_(p, 0, 0.3)
+            nn.init.normal_(p, 0, b_scale)
     return model
 
 
 def filled(buffer: Buffer, values: Tensor, linear: PackedLinear) -> Buffer:
     buffer.wide.fill_(float("nan"))  # what is not written must not be read
     buffer.values.copy_(values)
-    if buffer.rows is not None:
+    if buffer.wide_rows is not None:
+        buffer.wide_rows.values.view(torch.uint8).fill_(0x7F)
         quantize_rows(
             values, column_scale=linear.gradient_scale if buffer.width == linear.n else None, into=buffer.rows
         )
@@ -50,7 +51,7 @@ def filled(buffer: Buffer, values: Tensor, linear: PackedLinear) -> Buffer:
 def run(
     linear: PackedLinear, x: Tensor, dy: Tensor, plus: Tensor | None
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    AdapterCopies(linear.copies()).refresh()
+    AdapterCopies([linear]).refresh()
     x_in = filled(linear.input_buffer(len(x)), x, linear)
     linear.lower_input(x_in)
     y = linear.forward(x_in, plus)
@@ -98,14 +99,33 @@ def test_without_an_adapter() -> None:
     assert close(y, expected) and close(dx, dy @ weight) and gradients == []
 
 
+def rounded_weight(bases: list[nn.Linear]) -> Rowwise:
+    """Each of the linears' weights in e4m3, under one another."""
+    rows = empty_rows(sum(WIDTHS), K, DEVICE)
+    for base, part in zip(bases, torch.arange(sum(WIDTHS)).split(WIDTHS)):
+        here = slice(int(part[0]), int(part[-1]) + 1)
+        quantize_weight(base.weight.detach(), Rowwise(rows.values[here], rows.scale[here]))
+    return rows
+
+
+def test_fp8_without_an_adapter_is_the_product_of_the_rounded_operands() -> None:
+    model = Three().to(DEVICE)
+    x, dy = torch.randn(7, K, device=DEVICE), torch.randn(7, sum(WIDTHS), device=DEVICE)
+    rounded = rounded_weight([model.q, model.k, model.v])
+    y, dx, gradients = run(Fp8Linear([model.q, model.k, model.v]), x, dy, None)
+    assert close(y, quantize_rows(x).dequantize() @ rounded.dequantize().t())
+    scaled = quantize_rows(dy, column_scale=rounded.scale).dequantize()
+    assert close(dx, scaled @ rounded.values.float()) and gradients == []
+
+
 def test_fp8_is_the_product_of_the_rounded_operands() -> None:
-    model = adapted(["q", "v"])
+    model = adapted(["q", "v"], b_scale=0.1)  # as a LoRA does, it adds less than the frozen weights
     x, dy = torch.randn(7, K, device=DEVICE), torch.randn(7, sum(WIDTHS), device=DEVICE)
     inner = model.base_model.model  # type: ignore[union-attr]
     modules = [inner.q, inner.k, inner.v]  # type: ignore[union-attr]
     bases = [inner.q.base_layer, inner.k, inner.v.base_layer]  # type: ignore[union-attr]
     weight = torch.cat([b.weight.detach() for b in bases])  # type: ignore[union-attr]
-    rounded = quantize_rows(weight)
+    rounded = rounded_weight(bases)  # type: ignore[arg-type]
     lora = model(x) - x @ weight.t()
     leaf = x.clone().requires_grad_()
     full_dx = torch.autograd.grad(model(leaf), leaf, dy)[0]
@@ -113,8 +133,10 @@ def test_fp8_is_the_product_of_the_rounded_operands() -> None:
 
     linear = Fp8Linear(modules)  # type: ignore[arg-type]
     y, dx, gradients = run(linear, x, dy, None)
-    assert close(y, quantize_rows(x).dequantize() @ rounded.dequantize().t() + lora)
+    frozen = quantize_rows(x).dequantize() @ rounded.dequantize().t()
+    assert close(y - frozen, lora, 2**-8)  # as if the LoRA side were bfloat16
     scaled = quantize_rows(dy, column_scale=rounded.scale).dequantize()
-    assert close(dx, scaled @ rounded.values.float() + lora_dx)
+    frozen_dx = scaled @ rounded.values.float()
+    assert close(dx - frozen_dx, lora_dx, 2**-8)
     assert close(dx, full_dx, 0.05) and not close(dx, full_dx, 0.005)
     assert len(gradients) == 4

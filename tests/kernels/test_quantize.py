@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hdl.kernels.quantize import E4M3_MAX, Rowwise, empty_rows, quantize_rows
-from tests.kernels.helpers import DEVICE, DTYPES, assert_quantizes, draw, poisoned_rows, sliced
+from hdl.kernels.quantize import E4M3_MAX, WEIGHT_PEAK, Rowwise, empty_rows, quantize_rows, quantize_weight
+from tests.kernels.helpers import DEVICE, DTYPES, RowsSlice, assert_quantizes, draw, poisoned_rows, sliced
 
 SHAPES = [(1, 24), (3, 136), (37, 264), (2, 12288)]
 
@@ -18,9 +18,10 @@ def test_every_number_is_the_nearest_one(shape: tuple[int, int], scaled: bool, d
     x = draw(*shape, dtype=dtype) * draw(*shape, seed=1).exp().to(dtype)  # a wide range, some subnormal
     column_scale = draw(shape[1], seed=2).exp() * 1e-3 if scaled else None
     exact = x.double() * column_scale.double() if scaled else x.double()
-    into = poisoned_rows(*shape)
-    got = quantize_rows(sliced(x), column_scale, into)
-    assert got is into
+    into = RowsSlice(*shape)
+    got = quantize_rows(sliced(x), column_scale, into.rows)
+    assert got is into.rows
+    into.assert_untouched_beside()
     assert_quantizes(got, exact)
     again = quantize_rows(x, column_scale)
     assert torch.equal(again.values.view(torch.uint8), got.values.view(torch.uint8))
@@ -67,6 +68,30 @@ def test_a_row_that_is_not_finite_stays_so_and_keeps_it_to_itself(broken: float)
     assert got[[0, 2]].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_leave_room_above(dtype: torch.dtype) -> None:
+    weight = draw(37, 264, dtype=dtype) * draw(37, 1, seed=1).exp().to(dtype)
+    weight[3] = 0.0
+    weight[5] *= 1e-6
+    kept, into = weight.clone(), RowsSlice(37, 264)
+    quantize_weight(weight, into.rows)
+    into.assert_untouched_beside()
+    assert torch.equal(weight, kept)
+    peak = weight.double().abs().amax(1)
+    floored = peak.clamp(min=float(peak.max()) / 16)
+    torch.testing.assert_close(into.rows.scale.double(), floored / WEIGHT_PEAK, rtol=1e-5, atol=0.0)
+    off = (into.rows.dequantize().double() - weight.double()).abs()
+    step = 2.0**-10 * into.rows.scale.double()[:, None]  # half of the smallest there is
+    assert (off <= torch.maximum(weight.double().abs() * 2.0**-4, step) * (1 + 1e-5)).all()
+    assert float(into.rows.values.float().abs().max()) == WEIGHT_PEAK
+
+
+def test_a_weight_of_zeros() -> None:
+    into = poisoned_rows(3, 40)
+    quantize_weight(torch.zeros(3, 40, device=DEVICE), into)
+    assert (into.values.float() == 0).all() and (into.scale > 0).all()
+
+
 def test_what_does_not_fit_is_refused() -> None:
     x = draw(3, 40)
     with pytest.raises(ValueError, match="adjacent"):
@@ -75,3 +100,5 @@ def test_what_does_not_fit_is_refused() -> None:
         quantize_rows(x, draw(39))
     with pytest.raises(ValueError, match=r"quantized.values is .*\[3, 48\]"):
         quantize_rows(x, into=empty_rows(3, 48, DEVICE))
+    with pytest.raises(ValueError, match=r"quantized.scale is .*\[4\]"):
+        quantize_rows(x, into=Rowwise(empty_rows(3, 40, DEVICE).values, torch.ones(4, device=DEVICE)))

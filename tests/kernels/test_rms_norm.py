@@ -9,6 +9,7 @@ from hdl.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_backward
 from hdl.o1.decoder import RMSNorm
 from tests.kernels.helpers import (
     DTYPES,
+    RowsSlice,
     Slice,
     assert_close,
     assert_quantizes,
@@ -46,13 +47,14 @@ def weight_of(columns: int, dtype: torch.dtype) -> Tensor:
 def test_forward(shape: tuple[int, int], dtype: torch.dtype) -> None:
     x, weight = draw(*shape, dtype=dtype, scale=3.0), weight_of(shape[1], dtype)
     exact = formula(x.double(), weight.double())
-    out, rows = Slice(*shape, dtype), poisoned_rows(*shape)
-    normed, rstd = rms_norm(sliced(x), weight, EPS, out=out.view, quantized=rows)
+    out, rows = Slice(*shape, dtype), RowsSlice(*shape)
+    normed, rstd = rms_norm(sliced(x), weight, EPS, out=out.view, quantized=rows.rows)
     assert normed.data_ptr() == out.view.data_ptr()
     out.assert_untouched_beside()
+    rows.assert_untouched_beside()
     assert_close(normed, exact, plain(x, weight))
     assert_close(rstd, torch.rsqrt(x.double().square().mean(1) + EPS))
-    assert_quantizes(rows, exact)
+    assert_quantizes(rows.rows, exact)
     assert_close(rms_norm(x, weight, EPS)[0], exact, plain(x, weight))
 
 
@@ -61,14 +63,17 @@ def test_forward(shape: tuple[int, int], dtype: torch.dtype) -> None:
 def test_forward_with_the_residual_sum(shape: tuple[int, int], dtype: torch.dtype) -> None:
     x, branch = (draw(*shape, dtype=dtype, seed=seed) for seed in (1, 2))
     weight = weight_of(shape[1], dtype)
-    out, rows = Slice(*shape, dtype), poisoned_rows(*shape)
-    total, normed, rstd = add_rms_norm(sliced(x), sliced(branch), weight, EPS, out=out.view, quantized=rows)
+    out, rows = Slice(*shape, dtype), RowsSlice(*shape)
+    total, normed, rstd = add_rms_norm(
+        sliced(x), sliced(branch), weight, EPS, out=out.view, quantized=rows.rows
+    )
     assert torch.equal(total, x + branch)
     out.assert_untouched_beside()
+    rows.assert_untouched_beside()
     exact = formula(total.double(), weight.double())  # of the rounded sum: backward starts from it too
     assert_close(normed, exact, plain(x + branch, weight))
     assert_close(rstd, torch.rsqrt(total.double().square().mean(1) + EPS))
-    assert_quantizes(rows, exact)
+    assert_quantizes(rows.rows, exact)
     again = add_rms_norm(x, branch, weight, EPS)
     assert torch.equal(again[0], total)
     assert_close(again[1], exact, plain(x + branch, weight))
@@ -85,15 +90,16 @@ def test_backward(shape: tuple[int, int], residual: bool, dtype: torch.dtype) ->
     if residual:
         exact, close = exact + past.double(), close + past
     rstd = torch.rsqrt(x.double().square().mean(1) + EPS).float()
-    out, rows = Slice(*shape, dtype), poisoned_rows(*shape)
+    out, rows = Slice(*shape, dtype), RowsSlice(*shape)
     dx = rms_norm_backward(
         sliced(dnormed), sliced(x), rstd, weight, dresidual=sliced(past) if residual else None,
-        out=out.view, quantized=rows, column_scale=column_scale,
+        out=out.view, quantized=rows.rows, column_scale=column_scale,
     )  # fmt: skip
     assert dx.data_ptr() == out.view.data_ptr()
     out.assert_untouched_beside()
+    rows.assert_untouched_beside()
     assert_close(dx, exact, close)
-    assert_quantizes(rows, exact * column_scale.double())
+    assert_quantizes(rows.rows, exact * column_scale.double())
     again = rms_norm_backward(dnormed, x, rstd, weight, dresidual=past if residual else None)
     assert_close(again, exact, close)
 

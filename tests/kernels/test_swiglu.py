@@ -9,6 +9,7 @@ from hdl.kernels.swiglu import swiglu, swiglu_backward
 from tests.kernels.helpers import (
     DEVICE,
     DTYPES,
+    RowsSlice,
     Slice,
     assert_close,
     assert_quantizes,
@@ -37,14 +38,15 @@ def test_forward(shape: tuple[int, int], dtype: torch.dtype) -> None:
     S, M = shape
     gate_up = draw(S, 2 * M, dtype=dtype, scale=3.0)
     exact = formula(gate_up.double())
-    for rows in (None, poisoned_rows(S, M)):
+    for rows in (None, RowsSlice(S, M)):
         out = Slice(S, M, dtype)
-        got = swiglu(sliced(gate_up), out=out.view, quantized=rows)
+        got = swiglu(sliced(gate_up), out=out.view, quantized=rows and rows.rows)
         assert got.data_ptr() == out.view.data_ptr()
         out.assert_untouched_beside()
         assert_close(got, exact, formula(gate_up))
         if rows is not None:
-            assert_quantizes(rows, exact)
+            rows.assert_untouched_beside()
+            assert_quantizes(rows.rows, exact)
     assert_close(swiglu(gate_up), exact, formula(gate_up))
 
 
@@ -55,7 +57,8 @@ def test_backward(shape: tuple[int, int], quantize: str, dtype: torch.dtype) -> 
     S, M = shape
     gate_up, dh = draw(S, 2 * M, dtype=dtype, seed=1, scale=3.0), draw(S, M, dtype=dtype, seed=2)
     column_scale = draw(2 * M, seed=3).exp() if quantize == "scaled" else None
-    rows = None if quantize == "no" else poisoned_rows(S, 2 * M)
+    beside = RowsSlice(S, 2 * M)
+    rows = None if quantize == "no" else beside.rows
     [exact] = gradients(formula, [gate_up.double()], dh.double())
     [close] = gradients(formula, [gate_up], dh)
     out, h = Slice(S, 2 * M, dtype), Slice(S, M, dtype)
@@ -63,7 +66,7 @@ def test_backward(shape: tuple[int, int], quantize: str, dtype: torch.dtype) -> 
         sliced(dh), sliced(gate_up), out=out.view, h=h.view, quantized=rows, column_scale=column_scale
     )
     assert got.data_ptr() == out.view.data_ptr()
-    for given in (out, h):
+    for given in (out, h, beside):
         given.assert_untouched_beside()
     assert_close(h.view, formula(gate_up.double()), formula(gate_up))
     for half, wanted, plainly in zip(got.chunk(2, 1), exact.chunk(2, 1), close.chunk(2, 1)):
