@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from hdl.bench.arms import STOCK
-from hdl.bench.profile import FAMILIES, Profile
+from hdl.bench.profile import FAMILIES
 from hdl.bench.run import CaseResult
 from hdl.bench.timing import Measured
 
@@ -18,13 +18,17 @@ NOTES = """\
 ms: median, fastest and slowest step, everything included. TFLOP/s: useful work only, attention included; its ceiling
 is that of GEMMs alone in the precision in which the arm multiplies with its frozen weights. GiB: peaks of the arm's
 own steps, less what the other arms hold."""
+IDLE = """\
+idle share: of the profiled span, whose gaps the profiler stretches; unprofiled: of the timed step, what is left of it
+after the time in which a profiled step had the GPU busy."""
 STOCK_MIXED = "stock takes images of several sizes one by one and adds up their gradients"
 ALONE = "did not fit into memory beside stock, and took no turns with it:"
 
 
 def as_markdown(results: Sequence[CaseResult]) -> str:
     """All cases, one table each, then the profiles."""
-    return "\n\n".join([*(_case(result, results) for result in results), NOTES])
+    notes = [NOTES, *([IDLE] if any(result.profiles for result in results) else [])]
+    return "\n\n".join([*(_case(result, results) for result in results), *notes])
 
 
 def as_data(results: Sequence[CaseResult]) -> dict[str, Any]:
@@ -77,7 +81,7 @@ def _case(result: CaseResult, results: Sequence[CaseResult]) -> str:
     if result.case.name == MIXED:
         lines += _share_of_full_rate(result, results)
     if result.profiles:
-        lines += ["", _profiles(result.profiles)]
+        lines += ["", _profiles(result)]
     return "\n".join(lines)
 
 
@@ -104,12 +108,14 @@ def _share_of_full_rate(result: CaseResult, results: Sequence[CaseResult]) -> li
     return ["", f"tokens/s as a share of {FULL_RATE}'s: {', '.join(shares)}"] if shares else []
 
 
-def _profiles(profiles: dict[str, Profile]) -> str:
+def _profiles(result: CaseResult) -> str:
     """Families, idle and span in ms a step, then each arm's longest kernels and gaps."""
-    rows: list[tuple[str, ...]] = [("ms a step", *FAMILIES, "idle", "span", "idle share")]
+    profiles = result.profiles
+    rows: list[tuple[str, ...]] = [("ms a step", *FAMILIES, "idle", "span", "idle share", "unprofiled")]
     for name, p in profiles.items():
         times = (*(p.families[family] for family in FAMILIES), p.idle, p.span)
-        rows.append((name, *(f"{time:.2f}" for time in times), f"{p.idle / p.span:.1%}"))
+        idle = max(0.0, 1 - (p.span - p.idle) / 1e3 / result.arms[name].step_time)
+        rows.append((name, *(f"{time:.2f}" for time in times), f"{p.idle / p.span:.1%}", f"{idle:.1%}"))
     parts = [_table(rows)]
     for name, p in profiles.items():
         longest: list[tuple[str, ...]] = [("ms", "launches", "family", f"kernel of {name}")]

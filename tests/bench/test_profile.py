@@ -1,6 +1,10 @@
 import pytest
 
+from hdl.bench.cases import all_cases
 from hdl.bench.profile import Event, annotated_family, busy, classify, named_family, read_events, summarize
+from hdl.bench.report import as_markdown
+from hdl.bench.run import CaseResult
+from hdl.bench.timing import Measured
 
 MAIN, SIDE = (0, 7), (0, 20)
 
@@ -111,3 +115,15 @@ def test_a_trace_is_read_for_what_the_gpu_did() -> None:
         region("hdl::lora", 1.5, 2),
         kernel("Memcpy HtoD", 1.5, 2),
     ]
+
+
+def test_a_report_tells_idle_time_with_and_without_the_profiler() -> None:
+    profile = summarize([kernel("nvjet", 0, 8000), kernel("add", 10000, 1000)], [kernel("nvjet", 0, 8000)], 1)
+    case = all_cases(tiny=True)["1024x1"]
+    measured = Measured("bf16", [0.010] * 5, [10] * 5, [1e9] * 5)
+    result = CaseResult(case, 10, 1e9, {"bf16": 1.0}, arms={"bf16": measured}, profiles={"bf16": profile})
+    row = next(
+        line for line in as_markdown([result]).splitlines() if line.startswith("| bf16") and "18.2%" in line
+    )
+    assert row.split("|")[-2].strip() == "10.0%"  # 9 ms busy of a step of 10
+    assert "nvjet" in as_markdown([result]).split("idle ms")[1]
