@@ -91,11 +91,24 @@ def _answer(
     seed: int,
 ) -> Answer:
     dtype = torch.float32 if path == "float32" else torch.bfloat16
-    model = _adapted(checkpoint, lora, device, dtype, seed)
+    model = adapted_model(checkpoint, lora, device, dtype, seed)
     if path == "float32":
         recompute_every_layer(model.get_base_model())  # type: ignore[arg-type]
     elif path != "plain":
         fuse(model, fp8=path == "fp8")
+    return take_step(model, samples, sigma, device, dtype, seed)
+
+
+def take_step(
+    model: PeftModel,
+    samples: Sequence[Sample],
+    sigma: float,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int,
+) -> Answer:
+    """x_pred of a batch at noise level sigma, and the gradients of the adapter's matrices; float32, on the CPU."""
+    model.zero_grad()
     layout = lay_out([Segment(len(s.input_ids), s.rows, s.cols) for s in samples]).to(device)
     counts = [segment.patches for segment in layout.segments]
     pixels = torch.cat([s.patches for s in samples]).to(device)
@@ -110,7 +123,7 @@ def _answer(
     return x_pred.detach().float().cpu(), {name: g.float().cpu() for name, g in gradients.items()}
 
 
-def _adapted(
+def adapted_model(
     checkpoint: Checkpoint, lora: Lora, device: torch.device, dtype: torch.dtype, seed: int
 ) -> PeftModel:
     """The same weights in every dtype: those of bfloat16."""
@@ -122,6 +135,11 @@ def _adapted(
             p.data.normal_(0, ADAPTER_STD, generator=generator)
         p.data = p.data.bfloat16().to(dtype)
     return model
+
+
+def compare(a: Answer, b: Answer) -> tuple[float, dict[str, float]]:
+    """The relative distance of x_pred from b's, and the cosine of every gradient with b's, by name."""
+    return _distance(a[0], b[0]), _cosines(a[1], b[1])
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

@@ -17,7 +17,7 @@ MIXED, FULL_RATE = "mixed", "1024x4"  # a mixed stream's tokens/s are compared w
 NOTES = """\
 ms: median, fastest and slowest step, everything included. TFLOP/s: useful work only, attention included; its ceiling
 is that of GEMMs alone in the precision in which the arm multiplies with its frozen weights. GiB: peaks of the arm's
-own steps, less what the other arms hold."""
+own steps, less what the other arms hold; reserved includes what CUDA graphs keep between steps, alloc. does not."""
 IDLE = """\
 idle share: of the profiled span, whose gaps the profiler stretches; unprofiled: of the timed step, what is left of it
 after the time in which a profiled step had the GPU busy."""

@@ -6,7 +6,7 @@ modules stay what they are, now views of packed and flat tensors. The plain path
 what the fast one is tested against.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import cast
 
 import torch
@@ -41,6 +41,13 @@ def fuse(adapted: PeftModel, *, fp8: bool = False, keep: str | list[str] = "ever
     fp8: quantize the decoder's frozen weights to e4m3 and multiply in it. keep: a level of
     `hdl.kernels.layer.KEPT`, or one for each layer. ValueError when it is neither, or the model `cannot_fuse`.
     """
+    fuse_with(adapted, Fp8Linear if fp8 else FullLinear, keep)
+
+
+def fuse_with(
+    adapted: PeftModel, packed: Callable[[list[nn.Module]], PackedLinear], keep: str | list[str]
+) -> None:
+    """`fuse` with any kind of linears; packed: makes one of modules that share their input."""
     decoder = _decoder(adapted)
     count = len(decoder.layers)
     levels = [keep] * count if isinstance(keep, str) else list(keep)
@@ -50,7 +57,7 @@ def fuse(adapted: PeftModel, *, fp8: bool = False, keep: str | list[str] = "ever
         flatten(adapted)
     point_at_flat(adapted)
     flat = cast(nn.Parameter, flat_parameter(adapted))
-    fused = FusedDecoder(decoder, flat, Fp8Linear if fp8 else FullLinear, levels)
+    fused = FusedDecoder(decoder, flat, packed, levels)
     decoder.forward = fused.forward  # type: ignore[method-assign]
     if list(trained_parameters(adapted)) == [FLAT]:  # else a gradient leaves the decoder at its input, too
         fused.graphs = Graphs(fused)
@@ -87,7 +94,11 @@ class FusedDecoder:
     """The decoder's forward over fused layers."""
 
     def __init__(
-        self, decoder: Decoder, flat: nn.Parameter, packed: type[PackedLinear], levels: list[str]
+        self,
+        decoder: Decoder,
+        flat: nn.Parameter,
+        packed: Callable[[list[nn.Module]], PackedLinear],
+        levels: list[str],
     ) -> None:
         self.config = decoder.config
         self.norm = decoder.norm

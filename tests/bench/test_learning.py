@@ -11,6 +11,7 @@ import torch
 from hdl.bench.cases import all_cases
 from hdl.bench.exactness import distances
 from hdl.bench.learning import furthest
+from hdl.bench.rounding import moved_by_rounding
 from hdl.config import Lora
 from hdl.o1.checkpoint import open_checkpoint
 
@@ -69,3 +70,19 @@ def test_exactness_tells_the_paths_apart(monkeypatch: pytest.MonkeyPatch) -> Non
     assert 0 < fused.worst_gradient_error <= 1.5 * plain.worst_gradient_error
     assert fused.worst_gradient_error < fp8.worst_gradient_error
     assert fp8.lowest_cosine < fused.lowest_cosine
+
+
+def test_rounding_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    checkpoint = open_checkpoint(GOLDEN / "o1-tiny")
+    samples = all_cases(tiny=True)["1024x4"].samples(0, checkpoint.config.hidden_size)
+    found = list(moved_by_rounding(checkpoint, samples, Lora(rank=4), 0.5, torch.device("cpu"), 0))
+    moved = {m.rounded: m for m in found}
+    everything = moved["weights, inputs and gradients"]
+    assert moved["gradients alone"].x_pred == 0 and moved["gradients alone"].lowest_cosine < 1
+    for name in ("weights alone", "inputs alone"):
+        assert 0 < moved[name].x_pred < everything.x_pred
+    assert everything.lowest_cosine <= min(m.lowest_cosine for m in found)
+    # it is what the fp8 path comes to
+    fp8 = list(distances(checkpoint, samples, Lora(rank=4), 0.5, torch.device("cpu"), 0))[2]
+    assert everything.x_pred == pytest.approx(fp8.x_pred, rel=0.1)
