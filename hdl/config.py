@@ -45,8 +45,9 @@ class Model(Section):
     """Of the frozen weights and the arithmetic; auto: bfloat16 on a GPU, float32 on a CPU."""
     kernels: Literal["auto", "fused", "plain"] = "auto"
     """Path of the decoder: fused kernels, or PEFT's own modules; auto: fused where a GPU allows it."""
-    weights: Literal["full", "fp8"] = "full"
-    """Format of the decoder's frozen weights: `dtype`, or e4m3 with fp8 arithmetic (Ada and newer)."""
+    weights: Literal["full", "fp8", "fp8_once", "nf4"] = "full"
+    """Form of the decoder's frozen weights. full: `dtype`; fp8: e4m3, multiplied in as it is (Ada and newer),
+    kept twice for speed; fp8_once: kept once, half the memory of full; nf4: 4 bits, a quarter (needs a GPU)."""
     keep: Keep | list[Keep] = "everything"
     """What backward finds ready, for all layers or one word a layer; the rest is recomputed. products:
     outputs of large products and of attention; attention: of attention; input: each layer's input."""

@@ -95,7 +95,7 @@ def _answer(
     if path == "float32":
         recompute_every_layer(model.get_base_model())  # type: ignore[arg-type]
     elif path != "plain":
-        fuse(model, fp8=path == "fp8")
+        fuse(model, weights="fp8" if path == "fp8" else "full")
     return take_step(model, samples, sigma, device, dtype, seed)
 
 

@@ -22,7 +22,8 @@ def our_model(
     name: str, checkpoint: Checkpoint, lora: Lora, seed: int, device: torch.device, dtype: torch.dtype
 ) -> PeftModel:
     """The adapted model of an arm, ready for an engine."""
-    adapted = attach(load_model(checkpoint, device, dtype), lora, str(checkpoint.path), seed)
+    model = load_model(checkpoint, device, dtype, absent=name != "plain")
+    adapted = attach(model, lora, str(checkpoint.path), seed)
     if name != "plain":
         flatten(adapted)
     return adapted
@@ -31,7 +32,7 @@ def our_model(
 def speed_up(name: str, adapted: PeftModel, fp8: bool) -> None:
     """Put a model that an engine has taken on the path of its arm. fp8: whether the GPU multiplies in it."""
     if name != "plain":
-        fuse(adapted, fp8=name == "fp8" and fp8)
+        fuse(adapted, weights="fp8" if name == "fp8" and fp8 else "full")
 
 
 def loss_options(name: str, dtype: torch.dtype) -> dict[str, Any]:

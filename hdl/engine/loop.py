@@ -17,7 +17,7 @@ from hdl.config import Run
 from hdl.data.batches import Batch, Batches
 from hdl.data.shards import Shards
 from hdl.engine.checkpoints import adapter_weights, read_state, restore, save_checkpoint
-from hdl.engine.fast_path import FastPath
+from hdl.engine.fast_path import FastPath, may_fuse
 from hdl.engine.processes import Processes
 from hdl.engine.run_folder import RunFolder
 from hdl.engine.sharding import check_optimizer, read_strategy, shard, shares
@@ -51,7 +51,8 @@ def prepare(run: Run, processes: Processes) -> Prepared:
     """
     shares(run.train, processes.world)
     read_strategy(run.train.deepspeed)
-    check_optimizer(run.train, processes.device)
+    check_optimizer(run.train, processes.device, _dtype(run, processes))
+    may_fuse(run, processes.device)
     checkpoint = open_checkpoint(run.model.base, run.model.config_from, run.model.random_init)
     fingerprint = checkpoint.fingerprint()
     shards = Shards(run.data.shards, fingerprint)
@@ -84,7 +85,8 @@ def train(run: Run, processes: Processes) -> None:
     processes.all_or_none(problem)
 
     dtype = _dtype(run, processes)
-    model = load_model(prepared.checkpoint, processes.device, dtype)
+    absent = may_fuse(run, processes.device)
+    model = load_model(prepared.checkpoint, processes.device, dtype, absent)
     adapted = attach(model, run.lora, str(run.model.base), run.train.seed)
     done = 0
     if run.resume:

@@ -7,6 +7,7 @@ what the fast one is tested against.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import cast
 
 import torch
@@ -20,8 +21,17 @@ from hdl.kernels.attention import Frame
 from hdl.kernels.backend import has_fp8
 from hdl.kernels.graphs import Graphs
 from hdl.kernels.layer import KEPT, Entrance, FusedLayer, Run, Shared, packs
-from hdl.kernels.linears import Fp8Linear, FullLinear, PackedLinear, adapter_order, base_of
+from hdl.kernels.linears import (
+    Fp8Linear,
+    Fp8StoredLinear,
+    FullLinear,
+    Nf4Linear,
+    PackedLinear,
+    adapter_order,
+    base_of,
+)
 from hdl.kernels.rms_norm import rms_norm, rms_norm_backward
+from hdl.kernels.scratch import Scratch
 from hdl.o1.decoder import Decoder, DecoderLayer, RMSNorm
 from hdl.o1.layout import Layout
 
@@ -35,13 +45,24 @@ def flatten(adapted: PeftModel) -> None:
     flatten_adapter(adapted, [p for modules in linears for p in adapter_order(modules)])
 
 
-def fuse(adapted: PeftModel, *, fp8: bool = False, keep: str | list[str] = "everything") -> None:
+def fuse(adapted: PeftModel, *, weights: str = "full", keep: str | list[str] = "everything") -> None:
     """Put a flattened model's decoder on the fast path (flattening it, if that was not done).
 
-    fp8: quantize the decoder's frozen weights to e4m3 and multiply in it. keep: a level of
-    `hdl.kernels.layer.KEPT`, or one for each layer. ValueError when it is neither, or the model `cannot_fuse`.
+    weights: a form of FORMS for the decoder's frozen weights; those that are absent (hdl/memory/absent.py) are
+    read and brought into it one by one. keep: a level of `hdl.kernels.layer.KEPT`, or one for each layer.
+    ValueError when it is neither, or the model `cannot_fuse`.
     """
-    fuse_with(adapted, Fp8Linear if fp8 else FullLinear, keep)
+    fuse_with(adapted, partial(FORMS[weights], scratch=Scratch()), keep)
+
+
+# By model.weights; each is given the modules of a pack, and a scratch that all packs share.
+FORMS: dict[str, Callable[..., PackedLinear]] = {
+    "full": lambda modules, scratch: FullLinear(modules),
+    "fp8": lambda modules, scratch: Fp8Linear(modules),
+    "fp8_once": Fp8Linear,
+    "fp8_stored": Fp8StoredLinear,
+    "nf4": Nf4Linear,
+}
 
 
 def fuse_with(

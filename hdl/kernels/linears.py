@@ -20,11 +20,14 @@ along the inner dimension too, so they are multiplied into dy before it is quant
 in likewise: E columns more hold its bfloat16 numbers as sums of two e4m3 numbers (hdl/kernels/folded.py),
 in the weights since the last refresh of the adapter, in an activation's `wide_rows` once `low` is known.
 
+nf4, and fp8 where the GPU cannot multiply in it: W is kept small and made bfloat16 anew for every product.
+
 R is the sum of the members' ranks, rounded up to 8 so that rows stay aligned; the padding is zero.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
@@ -34,6 +37,9 @@ from hdl.kernels.backend import named
 from hdl.kernels.folded import Fold, fold_low, folded_width
 from hdl.kernels.gemm import product, product_rows_fp8, product_transposed
 from hdl.kernels.quantize import Rowwise, empty_rows, quantize_weight
+from hdl.kernels.scratch import Scratch
+from hdl.kernels.transpose import transpose
+from hdl.memory.absent import put_in_place, take_out, weight_of
 
 ALIGNMENT = 8  # elements: 16 bytes of bfloat16
 ADAPTER = "default"
@@ -202,14 +208,14 @@ class FullLinear(PackedLinear):
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         super().__init__(modules)
         like = base_of(modules[0]).weight
-        self.matrix = like.new_zeros(self.n + self.r, self.k + self.r)
+        self.matrix = torch.zeros(self.n + self.r, self.k + self.r, dtype=like.dtype, device=like.device)
         self.a = self.matrix[self.n :, : self.k]
         self.b = self.matrix[: self.n, self.k :]
         for member in self.members:
             base = base_of(member.module)
             rows = self.matrix[member.rows, : self.k]
-            rows.copy_(base.weight.detach())
-            base.weight.data = rows
+            rows.copy_(weight_of(base))
+            put_in_place(base, rows)
 
     def forward(self, x: Buffer, plus: Tensor | None = None) -> Tensor:
         return product(x.wide, self.matrix[: self.n], plus=plus)
@@ -219,37 +225,57 @@ class FullLinear(PackedLinear):
 
 
 class Fp8Linear(PackedLinear):
-    """The members' weights in e4m3, row-wise scaled, and once more transposed; both with the LoRA side in E
-    columns more. The factors are what `low` is multiplied with on its way into e4m3."""
+    """The members' weights in e4m3, row-wise scaled, with the LoRA side in E columns more.
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
+    Backward reads them transposed. Without a scratch they are kept that way, too; with one, every linear in
+    its turn transposes them there (a pass over the weight, a thirtieth of its product's time at 4,736 tokens)
+    and keeps only the E columns of its own. The factors are what `low` is multiplied with on its way into e4m3.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], scratch: Scratch | None = None) -> None:
         super().__init__(modules)
         like = base_of(modules[0]).weight
-        self.a = like.new_zeros(self.r, self.k)
-        self.b = like.new_zeros(self.n, self.r)
+        self.a = torch.zeros(self.r, self.k, dtype=like.dtype, device=like.device)
+        self.b = torch.zeros(self.n, self.r, dtype=like.dtype, device=like.device)
         self.input_factors, self.gradient_factors = torch.ones(2, self.r, device=like.device)
-        self.weight = _ones_and_zeros(self.n, self.k + folded_width(self.r), like.device)
+        self.e = folded_width(self.r)
+        self.weight = _ones_and_zeros(self.n, self.k + self.e, like.device)
         for member in self.members:
             base = base_of(member.module)
             rows = Rowwise(self.weight.values[member.rows, : self.k], self.weight.scale[member.rows])
-            quantize_weight(base.weight.detach(), rows)
-            base.weight.data = rows.values
-        self.transposed = _ones_and_zeros(self.k, self.n + folded_width(self.r), like.device)
-        self.transposed.values[:, : self.n].copy_(self.weight.values[:, : self.k].t())
+            quantize_weight(weight_of(base), rows)
+            take_out(base)
+        self.scratch = scratch
+        self._kept = _ones_and_zeros(self.k, self.e if scratch else self.n + self.e, like.device)
+        if scratch:
+            scratch.reserve(self.k * (self.n + self.e))
+        else:
+            transpose(self.weight.values[:, : self.k], self._kept.values[:, : self.n])
+
+    @property
+    def transposed(self) -> Rowwise:
+        """[K, N + E], with ones for scales."""
+        if self.scratch is None:
+            return self._kept
+        values = self.scratch.take((self.k, self.n + self.e), torch.float8_e4m3fn, self._kept.values.device)
+        transpose(self.weight.values[:, : self.k], values[:, : self.n])
+        values[:, self.n :].copy_(self._kept.values)
+        return Rowwise(values, self._kept.scale)
 
     def folds(self) -> list[Fold]:
         if not self.r:
             return []
-        w, t = self.weight, self.transposed
+        kept = self._kept
         return [
-            Fold(self.b, w.scale, w.values[:, self.k :], self.input_factors),
-            Fold(self.a.t(), t.scale, t.values[:, self.n :], self.gradient_factors),
+            Fold(self.b, self.weight.scale, self.weight.values[:, self.k :], self.input_factors),
+            Fold(
+                self.a.t(), kept.scale, kept.values[:, kept.values.shape[1] - self.e :], self.gradient_factors
+            ),
         ]
 
     def _buffer(self, tokens: int, width: int) -> Buffer:
         buffer = super()._buffer(tokens, width)
-        rows = empty_rows(tokens, width + folded_width(self.r), self.a.device)
-        return replace(buffer, wide_rows=rows)
+        return replace(buffer, wide_rows=empty_rows(tokens, width + self.e, self.a.device))
 
     def lower_input(self, x: Buffer) -> None:
         super().lower_input(x)
@@ -277,6 +303,91 @@ class Fp8Linear(PackedLinear):
     @property
     def gradient_scale(self) -> Tensor:
         return self.weight.scale
+
+
+class RestoredLinear(PackedLinear):
+    """Base of forms that are only kept: for each product the weights are brought back to their dtype in the
+    scratch; the LoRA side is a product of its own."""
+
+    def __init__(self, modules: Sequence[nn.Module], scratch: Scratch) -> None:
+        super().__init__(modules)
+        like = base_of(modules[0]).weight
+        self.dtype = like.dtype
+        self.a = torch.zeros(self.r, self.k, dtype=like.dtype, device=like.device)
+        self.b = torch.zeros(self.n, self.r, dtype=like.dtype, device=like.device)
+        self.scratch = scratch
+        scratch.reserve(self.n * self.k * like.element_size())
+        for member in self.members:
+            base = base_of(member.module)
+            self._keep(member, weight_of(base))
+            take_out(base)
+
+    def _keep(self, member: Member, weight: Tensor) -> None:
+        raise NotImplementedError
+
+    def _restore(self, weight: Tensor) -> None:
+        """Fill [N, K]."""
+        raise NotImplementedError
+
+    def weight(self) -> Tensor:
+        """[N, K], until the next linear takes the scratch."""
+        weight = self.scratch.take((self.n, self.k), self.dtype, self.a.device)
+        self._restore(weight)
+        return weight
+
+    def forward(self, x: Buffer, plus: Tensor | None = None) -> Tensor:
+        y = self.a.new_empty(len(x.wide), self.n)
+        if self.r:
+            with named("lora"):
+                plus = product(x.low, self.b, out=y, plus=plus)
+        return product(x.values, self.weight(), out=y, plus=plus)
+
+    def backward(self, dy: Buffer) -> Tensor:
+        dx, plus = self.a.new_empty(len(dy.wide), self.k), None
+        if self.r:
+            with named("lora"):
+                plus = product_transposed(dy.low, self.a, out=dx)
+        return product_transposed(dy.values, self.weight(), out=dx, plus=plus)
+
+
+class Nf4Linear(RestoredLinear):
+    """bitsandbytes' nf4: blocks of 64 numbers, half a byte each, and their scales in 8 bits."""
+
+    def __init__(self, modules: Sequence[nn.Module], scratch: Scratch) -> None:
+        self.quantized: list[tuple[Tensor, Any]] = []  # by member: values, and bitsandbytes' QuantState
+        super().__init__(modules, scratch)
+
+    def _keep(self, member: Member, weight: Tensor) -> None:
+        from bitsandbytes.functional import quantize_4bit  # takes seconds to import
+
+        self.quantized.append(quantize_4bit(weight, quant_type="nf4", compress_statistics=True))
+
+    def _restore(self, weight: Tensor) -> None:
+        from bitsandbytes.functional import dequantize_4bit
+
+        for member, (values, state) in zip(self.members, self.quantized):
+            rows = weight[member.rows]
+            if rows.is_cuda:
+                dequantize_4bit(values, state, out=rows)
+            else:  # its CPU version fills no tensor that is given
+                rows.copy_(dequantize_4bit(values, state))
+
+
+class Fp8StoredLinear(RestoredLinear):
+    """e4m3, row-wise scaled, for GPUs that cannot multiply in it."""
+
+    def __init__(self, modules: Sequence[nn.Module], scratch: Scratch) -> None:
+        self.quantized: list[Rowwise] = []  # by member
+        super().__init__(modules, scratch)
+
+    def _keep(self, member: Member, weight: Tensor) -> None:
+        self.quantized.append(
+            quantize_weight(weight, empty_rows(weight.shape[0], weight.shape[1], weight.device))
+        )
+
+    def _restore(self, weight: Tensor) -> None:
+        for member, quantized in zip(self.members, self.quantized):
+            weight[member.rows].copy_(quantized.values).mul_(quantized.scale[:, None])
 
 
 def _ones_and_zeros(rows: int, columns: int, device: torch.device) -> Rowwise:

@@ -87,8 +87,8 @@ def _quantize_plain(x: Tensor, column_scale: Tensor | None, into: Rowwise) -> Ro
     return into
 
 
-def quantize_weight(weight: Tensor, into: Rowwise) -> None:
-    """A frozen weight [N, K], in e4m3 with one scale an output channel, into columns of a wider matrix.
+def quantize_weight(weight: Tensor, into: Rowwise) -> Rowwise:
+    """A frozen weight [N, K], in e4m3 with one scale an output channel; fills and returns `into`.
 
         scale = max(max|w|, max|W| / 16, LEAST_PEAK) / 14        values = round(w / scale)
 
@@ -102,6 +102,7 @@ def quantize_weight(weight: Tensor, into: Rowwise) -> None:
     peak = torch.maximum(peak, peak.max() / WEIGHT_ROWS_RANGE).clamp(min=LEAST_PEAK)
     into.scale.copy_(peak / WEIGHT_PEAK)
     into.values.copy_(weight * (WEIGHT_PEAK / peak)[:, None])  # float32, whatever the weight's dtype
+    return into
 
 
 @triton.jit

@@ -12,14 +12,16 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from hdl.errors import HdlError
+from hdl.memory.absent import leave_out
 from hdl.o1.config import O1Config, read_config
 from hdl.o1.decoder import O1
 from hdl.seeds import generator_for
@@ -176,10 +178,21 @@ def expected_shapes(config: O1Config) -> dict[str, tuple[int, ...]]:
     return shapes | {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
-def load_model(checkpoint: Checkpoint, device: torch.device | str, dtype: torch.dtype) -> O1:
-    """The model with frozen weights on `device` in `dtype`."""
+def load_model(
+    checkpoint: Checkpoint, device: torch.device | str, dtype: torch.dtype, absent: bool = False
+) -> O1:
+    """The model with frozen weights on `device` in `dtype`.
+
+    absent: leave the linears of the decoder's layers in the checkpoint, 6.9 of the real model's 7.0 B numbers,
+    for somebody who keeps them in a form of his own (hdl/memory/absent.py).
+    """
     with torch.device("meta"):
         model = O1(checkpoint.config)
+    if absent:
+        prefix = "model.language_model.layers"
+        for name, module in model.get_submodule(prefix).named_modules(prefix=prefix):
+            if isinstance(module, nn.Linear):
+                leave_out(module, partial(checkpoint.read, f"{name}.weight", device, dtype), device, dtype)
     names = [name for name, _ in model.named_parameters()]
     weights = dict(checkpoint.read_all(names, device, dtype))
     model.load_state_dict(weights, assign=True)

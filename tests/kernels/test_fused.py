@@ -247,7 +247,7 @@ def test_fp8_is_the_plain_path_with_rounded_operands() -> None:
         if isinstance(module, LoraLinear):
             module.forward = partial(quantized_linear, module)  # type: ignore[method-assign]
     x_pred, gradients = case.run(quantized)
-    fuse(model, fp8=True)
+    fuse(model, weights="fp8")
     fp8_x_pred, fp8_gradients = case.run(model)
     assert 0.003 < distance(fp8_x_pred, exact_x_pred) < 0.08  # rounded indeed
     # Sums in another order turn a few roundings over, each worth an e4m3 step of one number in thousands.
@@ -262,7 +262,7 @@ def test_fp8_stays_near_bfloat16_at_the_real_shapes() -> None:
     case = Case(REAL, [Segment(160, 32, 32)])
     x_pred, gradients = case.run(adapted_model(REAL, torch.bfloat16))
     quantized = adapted_model(REAL, torch.bfloat16)
-    fuse(quantized, fp8=True)
+    fuse(quantized, weights="fp8")
     fp8_x_pred, fp8_gradients = case.run(quantized)
     assert distance(fp8_x_pred, x_pred) < 0.05
     for name, gradient in gradients.items():

@@ -26,12 +26,12 @@ def always_the_same_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gemm, "measure", False)
 
 
-@pytest.fixture(params=[False, True], ids=["bf16", "fp8"])
+@pytest.fixture(params=["full", "fp8", "fp8_once", "fp8_stored"])
 def pair(request: pytest.FixtureRequest) -> tuple[PeftModel, PeftModel]:
     """The same model twice: one to replay, one for plain steps."""
     models = adapted_model(SMALL, torch.bfloat16), adapted_model(SMALL, torch.bfloat16)
     for model in models:
-        fuse.fuse(model, fp8=request.param)
+        fuse.fuse(model, weights=request.param)
     graphs_of(models[1])._enabled = False
     return models
 
