@@ -1,8 +1,9 @@
 """A run, described: every option there is, with its unit, default and bounds.
 
-One TOML file describes a run; any field can be set on the command line on top of it:
+One TOML file describes a run, or several, such as the run's own and a preset for the machine; any field can be
+set on the command line on top of them:
 
-    train.py RUN.toml --lora.rank 16 --train.steps 500
+    train.py RUN.toml launch/presets/24gb.toml --lora.rank 16 --train.steps 500
 
 Unknown keys, wrong types and combinations that cannot work are refused before anything is loaded, each
 named with what was expected.
@@ -11,6 +12,7 @@ named with what was expected.
 import argparse
 import difflib
 import tomllib
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -48,9 +50,17 @@ class Model(Section):
     weights: Literal["full", "fp8", "fp8_once", "nf4"] = "full"
     """Form of the decoder's frozen weights. full: `dtype`; fp8: e4m3, multiplied in as it is (Ada and newer),
     kept twice for speed; fp8_once: kept once, half the memory of full; nf4: 4 bits, a quarter (needs a GPU)."""
+    stream: int = Field(0, ge=0)
+    """Decoder layers whose frozen weights stay in host memory, once a machine, and come to the GPU when needed;
+    two of them are always there, so that n streamed layers save the memory of n - 2. Any form of weights."""
     keep: Keep | list[Keep] = "everything"
     """What backward finds ready, for all layers or one word a layer; the rest is recomputed. products:
     outputs of large products and of attention; attention: of attention; input: each layer's input."""
+    memory: Literal["set", "auto"] = "set"
+    """On a GPU. set: weights, keep and the optimizer are as set here; auto: as the fastest plan has them that fits
+    the GPU (tools/plan.py)."""
+    card: float | None = Field(None, gt=1)
+    """GiB of the card to plan for and stay within, less 1 GiB for others; unset: all of the GPU's."""
 
 
 class Data(Section):
@@ -90,7 +100,13 @@ class Train(Section):
     lr: float = Field(1e-4, gt=0)
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: int = Field(50, ge=0)
-    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    """adamw: moments in float32, 8 bytes a trained number. adamw_8bit: bitsandbytes', 2 bytes, on a GPU;
+    paged_adamw_8bit: where they move to host memory while the GPU is full, at some speed."""
+    master: Literal["float32", "bfloat16"] = "float32"
+    """What the optimizer steps. float32: a copy of the adapter, 4 bytes a trained number. bfloat16: the adapter
+    itself, rounded stochastically: no copy, but noise as large as bfloat16's steps; for ranks that do not fit
+    otherwise. Needs optimizer adamw (whose moments stay float32), model.dtype bfloat16 and ZeRO 1 or 2."""
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = Field(0.01, ge=0)
     grad_clip: float = Field(1.0, ge=0)
@@ -107,6 +123,11 @@ class Train(Section):
             )
         if self.schedule == "cosine" and self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} must be below steps {self.steps}")
+        if self.master == "bfloat16" and self.optimizer != "adamw":
+            raise ValueError(
+                f"master bfloat16 needs optimizer adamw: {self.optimizer} rounds to nearest, which loses small "
+                "steps; use master float32 with it"
+            )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas {self.betas} must lie in [0, 1)")
         return self
@@ -135,7 +156,8 @@ class Validation(Section):
 
 
 class Run(BaseSettings):
-    """Train a LoRA on an O1. CONFIG is a TOML file with these sections; flags override it."""
+    """Train a LoRA on an O1. CONFIG is a TOML file with these sections, or several of which the later ones
+    override the earlier; flags override them all."""
 
     model_config = SettingsConfigDict(extra="forbid", cli_prog_name="train.py")
 
@@ -151,10 +173,17 @@ class Run(BaseSettings):
 
 
 def load_run(arguments: list[str]) -> Run:
-    """Parse `[CONFIG.toml] [--section.field VALUE ...]`; HdlError for anything that is not a valid run."""
-    flags = list(arguments)
-    file = Path(flags.pop(0)) if flags and not flags[0].startswith("-") else None
-    described = _read_toml(file) if file else {}
+    """Parse `[CONFIG.toml ...] [--section.field VALUE ...]`; of several files, the later ones' fields count.
+
+    HdlError for anything that is not a valid run.
+    """
+    files = [Path(name) for name in takewhile(lambda argument: not argument.startswith("-"), arguments)]
+    flags = arguments[len(files) :]
+    described: dict[str, Any] = {}
+    for file in files:
+        for name, fields in _read_toml(file).items():
+            merged = isinstance(fields, dict) and isinstance(described.get(name), dict)
+            described[name] = described[name] | fields if merged else fields
 
     class Described(Run):
         @classmethod
@@ -165,7 +194,7 @@ def load_run(arguments: list[str]) -> Run:
             *unused: PydanticBaseSettingsSource,
             **also_unused: PydanticBaseSettingsSource,
         ) -> tuple[PydanticBaseSettingsSource, ...]:
-            parser = _Parser(prog="train.py CONFIG.toml", description=Run.__doc__)
+            parser = _Parser(prog="train.py CONFIG.toml ...", description=Run.__doc__)
             line: CliSettingsSource[Any] = CliSettingsSource(
                 settings_cls,
                 cli_parse_args=flags,
@@ -179,7 +208,7 @@ def load_run(arguments: list[str]) -> Run:
     try:
         return Run.model_construct(**dict(Described(**described)))
     except ValidationError as error:
-        where = f"{file}: " if file else ""
+        where = f"{', '.join(map(str, files))}: " if files else ""
         raise HdlError(where + "; ".join(_explain(e) for e in error.errors())) from None
 
 

@@ -62,3 +62,29 @@ def test_what_is_required_and_a_file_that_is_not_there() -> None:
         load_run(["--model.dtype", "float32", "--data.shards", "s", "--save.output", "o"])
     with pytest.raises(HdlError, match="nothing.toml: no such config"):
         load_run(["nothing.toml"])
+
+
+def test_later_files_override_earlier_ones_field_by_field(tmp_path: Path) -> None:
+    run, preset = tmp_path / "run.toml", tmp_path / "preset.toml"
+    run.write_text(
+        '[model]\nbase = "b"\nkeep = "input"\n[data]\nshards = "s"\n[save]\noutput = "o"\n[lora]\nrank = 8\n'
+    )
+    preset.write_text('[model]\nkeep = "products"\ncard = 24\n')
+    described = load_run([str(run), str(preset), "--lora.rank", "4"])
+    assert described.model.base == Path("b") and described.lora.rank == 4
+    assert described.model.keep == "products" and described.model.card == 24
+    with pytest.raises(HdlError, match=r"run\.toml, .*preset\.toml: unknown option model\.kep"):
+        preset.write_text('[model]\nkep = "products"\n')
+        load_run([str(run), str(preset)])
+
+
+@pytest.mark.parametrize(
+    "preset", sorted((Path(__file__).parents[1] / "launch/presets").glob("*.toml")), ids=lambda p: p.stem
+)
+def test_presets_are_valid_on_top_of_a_run(preset: Path) -> None:
+    described = load_run(
+        [str(preset), "--model.base", "b", "--data.shards", "s", "--save.output", "o"],
+    )
+    assert described.model.memory == "auto"
+    assert described.model.card == float(preset.stem.removesuffix("gb").split("x")[-1])
+    assert described.train.deepspeed.exists()

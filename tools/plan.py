@@ -3,8 +3,8 @@
     python tools/plan.py --card 24 --size 2048x2048
     python tools/plan.py --card 16 --size 1024x1024 --images 4 --rank 16 --write launch/presets/my16gb.toml
 
-For every form of the frozen weights: the fastest levels of recomputation that fit, where the bytes go, and the
-step time on a GPU whose rates were measured. 1 GiB of the card is left to others (the desktop, CUDA itself).
+For every form of the frozen weights: how few layers have to be streamed from host memory, the fastest levels of
+recomputation that fit, where the bytes go, and the step time on a GPU whose rates were measured. 1 GiB of the card is left to others (the desktop, CUDA itself).
 """
 
 import argparse
@@ -38,15 +38,15 @@ def main() -> None:
         f"{args.images} x {width}x{height} px and {args.text} text tokens a GPU, LoRA rank {args.rank}, {args.optimizer}, "
         f"{args.gpus} GPU(s) with {args.card:g} GiB; times as on an {args.gpu.upper()}\n"
     )
-    print("| weights | keep | weights | adapter | activations | workspace | peak GiB | ms |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| weights | streamed | keep | weights | adapter | activations | workspace | peak GiB | ms |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for choice in found:
         print(row(choice))
     best = found[0].strategy
     if best is None:
         least = min(found, key=lambda c: c.need.peak)
         raise HdlError(
-            f"nothing fits {args.card:g} GiB: {least.weights} weights with everything recomputed take "
+            f"nothing fits {args.card:g} GiB: {least.weights} weights, all streamed and everything recomputed, take "
             f"{least.need.peak / GIB:.1f} GiB of {args.card - RESERVED:g}; fewer or smaller images, or a lower rank, need less"
         )
     if args.write:
@@ -58,8 +58,9 @@ def row(choice: Choice) -> str:
     need = choice.need
     parts = (need.weights, need.adapter, need.activations, need.workspace, need.peak)
     keep = mix(choice.strategy.keep) if choice.strategy else "does not fit, all recomputed:"
+    stream = choice.strategy.stream if choice.strategy else "all"
     sizes = " | ".join(f"{part / GIB:.2f}" for part in parts)
-    return f"| {choice.weights} | {keep} | {sizes} | {choice.ms:.0f} |"
+    return f"| {choice.weights} | {stream} | {keep} | {sizes} | {choice.ms:.0f} |"
 
 
 def describe(args: argparse.Namespace) -> str:

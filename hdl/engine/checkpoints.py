@@ -1,11 +1,12 @@
 """Checkpoints of a run: the adapter, the optimizer's moments and the step.
 
 A checkpoint is a folder `step-000500` of safetensors and JSON; nothing is pickled. It holds full tensors,
-so it does not depend on the number of ranks or the ZeRO stage. Random state, data position and schedule
+so it does not depend on the number of ranks, the ZeRO stage or the optimizer: resumed with a bfloat16 master,
+float32 weights are rounded once, and 8-bit moments likewise. Random state, data position and schedule
 need no storing: all are functions of the step (hdl/seeds.py, hdl/data/batches.py). A folder is written
 under a temporary name and renamed when it is complete.
 
-    adapter_model.safetensors, adapter_config.json   the PEFT adapter, in its float32 master weights
+    adapter_model.safetensors, adapter_config.json   the PEFT adapter: its master weights, in float32
     optimizer.safetensors                            exp_avg and exp_avg_sq of every parameter, float32
     trainer_state.json                               step, and what the run was trained on
 """
@@ -86,7 +87,7 @@ def save_checkpoint(
 def restore(engine: DeepSpeedEngine, checkpoint: Path, step: int) -> None:
     """Bring a fresh engine, whose module already holds the checkpoint's adapter, to where it was saved.
 
-    The module holds the adapter in the training dtype; masters and moments are restored in float32.
+    The module holds the adapter in the training dtype; masters and moments are restored in their own.
     """
     weights = in_flat(engine.module, read_adapter(engine.module, checkpoint))
     for name, parameter in trained_parameters(engine.module).items():

@@ -7,6 +7,9 @@ DeepSpeed 0.19 computes in optimizer.step()
 but stops the host twice on the way, to mask and to look for a norm that is not finite, and converts the
 whole gradient to float64 first. Here the same is computed where the gradients are. Such a norm is nobody's
 concern in there: hdl reads it later, and stops before anything is kept that came of it.
+
+With a bfloat16 master, gradients stay bfloat16 as backward left them, and so does the factor: up to 0.4 %
+off, for all of them alike.
 """
 
 from collections.abc import Iterable

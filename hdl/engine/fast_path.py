@@ -7,19 +7,41 @@ from hdl.config import Run
 from hdl.engine.processes import Processes
 from hdl.engine.sharding import read_strategy
 from hdl.errors import HdlError
-from hdl.kernels.fuse import cannot_fuse, flatten, fuse, supports_fp8
+from hdl.kernels.fuse import cannot_fuse, flatten, fuse, keep_less, streamed_bytes, supports_fp8
 from hdl.memory.absent import bring_in
+from hdl.memory.host import GIB, available
 from hdl.memory.recompute import recompute_every_layer
+from hdl.o1.config import O1Config
 
 
 def may_fuse(run: Run, device: torch.device) -> bool:
     """Whether a model of this run could take the fast path, as far as can be told before it is loaded; its
-    weights can then be left in the checkpoint until they are packed. HdlError for what needs a GPU."""
+    weights can then be left in the checkpoint until they are packed. HdlError for what needs a GPU or that path."""
     if run.model.weights == "nf4" and device.type != "cuda":
         raise HdlError(
             "model.weights nf4 needs a CUDA GPU, this run is on the CPU; use model.weights full or fp8_once"
         )
-    return _plain_because(run, device) is None
+    reason = _plain_because(run, device)
+    if reason:
+        _refuse_plain(run, reason)
+    return reason is None
+
+
+def check_stream(run: Run, config: O1Config, dtype: torch.dtype) -> None:
+    """HdlError when the model has not as many layers as are to be streamed, or this machine not the memory."""
+    stream, layers = run.model.stream, config.num_hidden_layers
+    if not stream:
+        return
+    if stream > layers:
+        raise HdlError(f"model.stream {stream}: the model has {layers} layers; stream at most that many")
+    needed = stream * streamed_bytes(config, run.model.weights, dtype)
+    found, where = available()
+    if needed > found:
+        raise HdlError(
+            f"model.stream {stream} keeps {needed / GIB:.1f} GiB of weights in host memory, of which {found / GIB:.1f} "
+            f"GiB are available ({where}); stream at most {int(stream * found / needed)} layers, or use a "
+            "smaller form (model.weights)"
+        )
 
 
 class FastPath:
@@ -29,14 +51,13 @@ class FastPath:
         """HdlError when the run asks for what this model or machine cannot do."""
         self.settings = run.model
         self.model = adapted
+        self.processes = processes
         self.weights: str = run.model.weights
         reason = _plain_because(run, processes.device) or cannot_fuse(adapted)
         if reason and self.settings.kernels == "fused":
             raise HdlError(f"model.kernels fused: {reason}; use model.kernels auto")
-        if reason and self.weights != "full":
-            raise HdlError(
-                f"model.weights {self.weights} needs the fused path, but {reason}; use model.weights full"
-            )
+        if reason:
+            _refuse_plain(run, reason)
         self.fused = reason is None
         notes = [f"plain kernels: {reason}"] if reason and self.settings.kernels == "auto" else []
         if self.weights.startswith("fp8") and not supports_fp8(processes.device):
@@ -59,8 +80,25 @@ class FastPath:
 
     def apply(self) -> None:
         if self.fused:
-            keep = self.settings.keep
-            fuse(self.model, weights=self.weights, keep=keep if isinstance(keep, str) else list(keep))
+            keep, stream = self.settings.keep, self.settings.stream
+            levels: str | list[str] = keep if isinstance(keep, str) else list(keep)
+            fuse(self.model, weights=self.weights, keep=levels, stream=stream, ranks=self.processes)
+
+    def ease(self) -> bool:
+        """Recompute more from now on; False where there is nothing more to recompute."""
+        return self.fused and keep_less(self.model)
+
+
+def _refuse_plain(run: Run, reason: str) -> None:
+    """HdlError for an option that only the fused path has; reason: why this run takes the plain one."""
+    for option, found, without in (
+        ("weights", run.model.weights, "full"),
+        ("stream", run.model.stream, 0),
+    ):
+        if found != without:
+            raise HdlError(
+                f"model.{option} {found} needs the fused path, but {reason}; use model.{option} {without}"
+            )
 
 
 def _plain_because(run: Run, device: torch.device) -> str | None:

@@ -4,6 +4,7 @@ The host runs ahead of the GPU: what became of a step is looked at while the nex
 hdl.engine.step), or before anything is saved or drawn.
 """
 
+import gc
 import math
 import resource
 from dataclasses import dataclass
@@ -16,8 +17,9 @@ from hdl.adapter.lora import attach, load_adapter, save_adapter
 from hdl.config import Run
 from hdl.data.batches import Batch, Batches
 from hdl.data.shards import Shards
+from hdl.engine.budget import advice, settled
 from hdl.engine.checkpoints import adapter_weights, read_state, restore, save_checkpoint
-from hdl.engine.fast_path import FastPath, may_fuse
+from hdl.engine.fast_path import FastPath, check_stream, may_fuse
 from hdl.engine.processes import Processes
 from hdl.engine.run_folder import RunFolder
 from hdl.engine.sharding import check_optimizer, read_strategy, shard, shares
@@ -35,8 +37,10 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is known to be right before a weight is read."""
+    """What is known to be right before a weight is read. run: as it is taken; expected: of its memory, in words."""
 
+    run: Run
+    expected: str | None
     folder: RunFolder
     checkpoint: Checkpoint
     shards: Shards
@@ -52,10 +56,12 @@ def prepare(run: Run, processes: Processes) -> Prepared:
     shares(run.train, processes.world)
     read_strategy(run.train.deepspeed)
     check_optimizer(run.train, processes.device, _dtype(run, processes))
-    may_fuse(run, processes.device)
+    fuses = may_fuse(run, processes.device) and not run.lora.dropout
     checkpoint = open_checkpoint(run.model.base, run.model.config_from, run.model.random_init)
     fingerprint = checkpoint.fingerprint()
     shards = Shards(run.data.shards, fingerprint)
+    run, expected = settled(run, checkpoint.config, shards.infos, processes, fuses)
+    check_stream(run, checkpoint.config, _dtype(run, processes))
     validation = Validation(run, checkpoint, processes)
     trained_on = {"base": fingerprint, "data": shards.dataset_hash}
     folder = RunFolder(run.save.output)
@@ -64,7 +70,7 @@ def prepare(run: Run, processes: Processes) -> Prepared:
         if run.resume:
             _check_same_run(read_state(folder.to_resume()), trained_on, folder)
         folder.claim(run)
-    return Prepared(folder, checkpoint, shards, validation, trained_on)
+    return Prepared(run, expected, folder, checkpoint, shards, validation, trained_on)
 
 
 def _check_same_run(state: dict[str, str], trained_on: dict[str, str], folder: RunFolder) -> None:
@@ -84,6 +90,7 @@ def train(run: Run, processes: Processes) -> None:
         problem = error
     processes.all_or_none(problem)
 
+    run = prepared.run
     dtype = _dtype(run, processes)
     absent = may_fuse(run, processes.device)
     model = load_model(prepared.checkpoint, processes.device, dtype, absent)
@@ -101,7 +108,7 @@ def train(run: Run, processes: Processes) -> None:
         restore(engine, newest, done)
     if processes.is_main:
         _announce(run, prepared, processes, dtype, done)
-    Loop(run, prepared, processes, engine, done, dtype=dtype, fused=path.fused).go()
+    Loop(run, prepared, processes, engine, done, dtype=dtype, path=path).go()
 
 
 @dataclass(frozen=True)
@@ -121,14 +128,15 @@ class Loop:
 
     def __init__(
         self, run: Run, prepared: Prepared, processes: Processes, engine: DeepSpeedEngine, done: int,
-        *, dtype: torch.dtype, fused: bool,
+        *, dtype: torch.dtype, path: FastPath,
     ) -> None:  # fmt: skip
         self.run, self.prepared, self.processes, self.engine = run, prepared, processes, engine
         self.done = done  # optimizer steps taken so far
+        self.path, self.eased = path, False
         self.train_step = TrainStep(
             engine, processes,
             variant=VARIANTS[run.model.variant], flow=run.flow, seed=run.train.seed, dropout=run.lora.dropout,
-            dtype=dtype, fused=fused,
+            dtype=dtype, fused=path.fused, ease=self._ease,
         )  # fmt: skip
         self.taken: Taken | None = None
         self.start = Mark(processes.device)  # of the next step
@@ -187,6 +195,26 @@ class Loop:
         peak = _peak_memory(self.processes.device)
         self.taken = Taken(self.done, measured, grad_norm, lr, self.start, peak)
         self.start = grad_norm.mark
+
+    def _ease(self, lacking: str) -> None:
+        """After a micro-batch that ran out of memory: recompute more, once. HdlError the second time."""
+        step, said = self.done + 1, lacking.split(". ")[:2]
+        if self.eased or not self.path.ease():
+            prepared = self.prepared
+            config, infos = prepared.checkpoint.config, prepared.shards.infos
+            raise HdlError(
+                f"step {step} ran out of memory ({'. '.join(said)}); what is saved in {prepared.folder.checkpoints} is "
+                f"good. To go on from there, {advice(self.run, config, infos, self.processes)}"
+            )
+        self.eased = True
+        gc.collect()
+        if self.processes.device.type == "cuda":
+            torch.cuda.empty_cache()
+        print(
+            f"rank {self.processes.rank}, step {step}: out of memory ({'. '.join(said)}); taken again with more "
+            "recomputation, which stays on from now on",
+            flush=True,
+        )
 
     def _settle(self) -> None:
         """See how the last step ended, and report it; HdlError when its gradient was not finite."""
@@ -280,3 +308,5 @@ def _announce(run: Run, prepared: Prepared, processes: Processes, dtype: torch.d
         f"process(es) on {processes.device.type}, {str(dtype).removeprefix('torch.')}, LoRA rank {run.lora.rank}, "
         f"{run.train.deepspeed.stem}; curves: tensorboard --logdir {prepared.folder.tensorboard}"
     )
+    if prepared.expected:
+        print(prepared.expected)

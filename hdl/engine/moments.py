@@ -3,7 +3,12 @@
 ZeRO keeps the moments in flat partitions inside the base optimizer; DeepSpeed's accessors can read and
 write them per parameter under Adam's names, `exp_avg` and `exp_avg_sq`. bitsandbytes keeps them as 8-bit
 codes with block scales; while moments are being read or written they stand there dequantized under
-Adam's names, and go back to codes afterwards.
+Adam's names, and go back to codes afterwards. Some then differ by a percent of their block's largest, as
+8-bit codes reach from -0.993 to 1: in the run that goes on just as in one resumed from what was read.
+
+A paged optimizer's codes lie in CUDA's managed memory, and torch takes them for tensors on the CPU; the
+scales are on the GPU, where codes are copied to be read. bitsandbytes waits for the GPU after every paged
+step, so there is nothing to wait for here. (Tested on a CPU, where nothing is paged; not yet on a GPU.)
 """
 
 from collections.abc import Iterator
@@ -64,7 +69,7 @@ def _set_steps(engine: DeepSpeedEngine, steps: int) -> None:
 
 
 def _flat_partitions(engine: DeepSpeedEngine) -> list[Tensor]:
-    """This rank's float32 partitions: ZeRO-1/2 and ZeRO-3 name them differently."""
+    """This rank's partitions of the master weights: ZeRO-1/2 and ZeRO-3 name them differently."""
     zero = engine.optimizer
     if hasattr(zero, "single_partition_of_fp32_groups"):
         return list(zero.single_partition_of_fp32_groups)
@@ -112,7 +117,10 @@ def _dequantized(state: dict[str, Any], n: str) -> Tensor:
         return codes.clone()
     from bitsandbytes.functional import dequantize_blockwise
 
-    return dequantize_blockwise(codes, absmax=state[f"absmax{n}"], code=state[f"qmap{n}"], blocksize=BLOCK)
+    scales = state[f"absmax{n}"]
+    return dequantize_blockwise(
+        codes.to(scales.device), absmax=scales, code=state[f"qmap{n}"], blocksize=BLOCK
+    )
 
 
 def _quantize_into(state: dict[str, Any], n: str, values: Tensor) -> None:

@@ -17,6 +17,7 @@ from transformers import get_scheduler
 from hdl.config import Train
 from hdl.engine.clipping import clip_without_waiting
 from hdl.engine.processes import Processes
+from hdl.engine.rounding_adamw import RoundingAdamW
 from hdl.errors import HdlError
 
 SET_BY_HDL = (
@@ -65,21 +66,38 @@ def shares(train: Train, world: int) -> tuple[int, int]:
     return micro, share // micro
 
 
-def check_optimizer(train: Train, device: torch.device) -> None:
-    """HdlError when the optimizer cannot run on this device."""
-    if train.optimizer == "adamw_8bit" and device.type != "cuda":
+def check_optimizer(train: Train, device: torch.device, dtype: torch.dtype) -> None:
+    """HdlError when the optimizer cannot run on this device, or not with this dtype and strategy."""
+    if train.optimizer != "adamw" and device.type != "cuda":
         raise HdlError(
-            "train.optimizer adamw_8bit needs a CUDA GPU, this run is on the CPU; use train.optimizer adamw"
+            f"train.optimizer {train.optimizer} needs a CUDA GPU, this run is on the CPU; use train.optimizer "
+            "adamw"
         )
+    if train.master == "bfloat16":
+        zero = read_strategy(train.deepspeed)["zero_optimization"]
+        reason = None
+        if dtype != torch.bfloat16:
+            reason = (
+                "this run computes in float32, where there is no copy to save; it needs model.dtype bfloat16"
+            )
+        elif zero["stage"] == 3:
+            reason = f"train.deepspeed {train.deepspeed} is ZeRO-3; it needs ZeRO 1 or 2"
+        elif (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
+            reason = f"train.deepspeed {train.deepspeed} has offload_optimizer; it needs one without"
+        if reason:
+            raise HdlError(f"train.master bfloat16: {reason}, or use train.master float32")
 
 
-def build_optimizer(train: Train, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    settings = {"lr": train.lr, "betas": train.betas, "weight_decay": train.weight_decay}
+def build_optimizer(train: Train, parameters: list[nn.Parameter], rank: int) -> torch.optim.Optimizer:
+    settings: dict[str, Any] = {"lr": train.lr, "betas": train.betas, "weight_decay": train.weight_decay}
+    if train.master == "bfloat16":
+        return RoundingAdamW(parameters, seed=train.seed, rank=rank, **settings)
     if train.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, fused=True, **settings)  # type: ignore[arg-type]
-    import bitsandbytes  # slow to import and only of use here
+        return torch.optim.AdamW(parameters, fused=True, **settings)
+    from bitsandbytes import optim  # slow to import and only of use here
 
-    return bitsandbytes.optim.AdamW8bit(parameters, **settings)
+    kind = {"adamw_8bit": optim.AdamW8bit, "paged_adamw_8bit": optim.PagedAdamW8bit}[train.optimizer]
+    return kind(parameters, **settings)
 
 
 def shard(
@@ -88,20 +106,27 @@ def shard(
     """Hand the trainable parameters of `model` to DeepSpeed."""
     micro, accumulation = shares(train, processes.world)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = build_optimizer(train, parameters)
+    optimizer = build_optimizer(train, parameters, processes.rank)
     kind = {"constant": "constant_with_warmup", "cosine": "cosine"}[train.schedule]
     scheduler = get_scheduler(kind, optimizer, train.warmup_steps, train.steps)
     strategy = read_strategy(train.deepspeed)
     if processes.world == 1 and strategy["zero_optimization"]["stage"] < 3:
         # there is nothing to overlap, and for the right to it every backward waits for the GPU
         strategy["zero_optimization"]["overlap_comm"] = False
+    in_place = train.master == "bfloat16"
     settings = strategy | {
         "train_batch_size": train.batch_size,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": train.grad_clip,
         # hdl looks at the loss and the gradient's norm itself; DeepSpeed's own check waits for the GPU
-        "bf16": {"enabled": dtype == torch.bfloat16, "check_grad_overflow": False},
+        "bf16": {
+            "enabled": dtype == torch.bfloat16,
+            "check_grad_overflow": False,
+            "bf16_master_weights_and_grads": in_place,
+            # the optimizer keeps its moments as it likes; without this, DeepSpeed wants it on the CPU
+            "bf16_optimizer_states": in_place,
+        },
         "zero_allow_untested_optimizer": True,  # bitsandbytes'
         "steps_per_print": 2**31,
         "timers": {"throughput": {"enabled": False}},  # it waits for the GPU twice a step
@@ -114,5 +139,16 @@ def shard(
         config=settings,
         dist_init_required=False,
     )
+    if in_place:
+        _step_the_adapter_itself(engine)
     clip_without_waiting(engine)
     return engine
+
+
+def _step_the_adapter_itself(engine: deepspeed.DeepSpeedEngine) -> None:
+    """DeepSpeed gives the optimizer a copy of this rank's partition even where it has the same dtype: put the
+    partition itself in its place."""
+    zero = engine.optimizer
+    for group, flat in enumerate(zero.single_partition_of_fp32_groups):
+        flat.data = zero.get_bit16_param_group(group)[0]
+    zero._link_all_hp_params()  # DeepSpeed's accessors, to the new place

@@ -60,35 +60,50 @@ class TrainStep:
     def __init__(
         self, engine: Engine, processes: Processes,
         *, variant: Variant, flow: Flow, seed: int, dropout: float, dtype: torch.dtype, fused: bool,
+        ease: Callable[[str], None] | None = None,
     ) -> None:  # fmt: skip
-        """variant, flow, seed, dtype, fused: as flow_matching_loss takes them; dropout: the adapter's."""
+        """variant, flow, seed, dtype, fused: as flow_matching_loss takes them; dropout: the adapter's. ease:
+        called when a micro-batch ran out of memory, with what the allocator said; when it returns, the
+        micro-batch is tried again."""
         self.engine, self.processes = engine, processes
         self.variant, self.flow, self.seed = variant, flow, seed
         self.dropout, self.dtype, self.fused = dropout, dtype, fused
+        self.ease = ease
 
     def forward_backward(self, step: int, batches: Sequence[Batch], sigmas: Tensor) -> Reading:
         """Queue a step's gradient; its numbers, for `Measured.read`, arrive when its forward passes are done.
 
         batches: this rank's micro-batches, in host memory; sigmas: float32 [global batch].
         """
-        device = self.processes.device
-        measured: Tensor | None = None
+        told = _Told(self.processes, len(batches))
         with self._own_dropout(step):
             for i, batch in enumerate(batches):
-                last = i == len(batches) - 1
-                loss, errors = flow_matching_loss(
-                    self.engine, batch.to(device), sigmas, step,
-                    variant=self.variant, flow=self.flow, seed=self.seed, fused=self.fused, dtype=self.dtype,
-                )  # fmt: skip
-                part = _measured(loss, batch, sigmas, errors)
-                measured = part if measured is None else measured + part
-                if last:
-                    reading = Reading(self.processes.sum(measured), device)
-                # DeepSpeed averages gradients over ranks and micro-batches; `loss` is a part of a sum.
-                self.engine.backward(loss * (self.processes.world * len(batches)))
-                if not last:
+                while lacking := self._attempt(step, i, batch, sigmas, told):
+                    if self.ease is None:
+                        raise torch.OutOfMemoryError(lacking)
+                    self.ease(lacking)
+                if i < len(batches) - 1:
                     self.engine.step()
-        return reading
+        assert told.reading, "a step has a micro-batch"
+        return told.reading
+
+    def _attempt(self, step: int, i: int, batch: Batch, sigmas: Tensor, told: "_Told") -> str | None:
+        """Queue the i-th micro-batch's gradient, or say what memory it lacked.
+
+        A gradient reaches the engine at the very end of a backward pass: one that does not get there leaves
+        nothing behind, and on return nothing of it is alive.
+        """
+        try:
+            loss, errors = flow_matching_loss(
+                self.engine, batch.to(self.processes.device), sigmas, step,
+                variant=self.variant, flow=self.flow, seed=self.seed, fused=self.fused, dtype=self.dtype,
+            )  # fmt: skip
+            told.tell(i, _measured(loss, batch, sigmas, errors))
+            # DeepSpeed averages gradients over ranks and micro-batches; `loss` is a part of a sum.
+            self.engine.backward(loss * (self.processes.world * told.count))
+        except torch.OutOfMemoryError as error:
+            return str(error) or "out of memory"
+        return None
 
     def update(self) -> Reading:
         """Queue the optimizer, on the gradient of the last `forward_backward`; the gradient's norm, float64."""
@@ -101,6 +116,22 @@ class TrainStep:
         if not self.dropout:
             return nullcontext()  # nothing draws from torch's generators, and keeping them takes time
         return seeded(derive_seed(self.seed, "dropout", step, self.processes.rank))
+
+
+class _Told:
+    """What a step's micro-batches measured, told to the other ranks once all have: before the last one's
+    backward, and once, however often it is tried."""
+
+    def __init__(self, processes: Processes, count: int) -> None:
+        self.processes, self.count = processes, count
+        self.reading: Reading | None = None
+        self._parts: dict[int, Tensor] = {}
+
+    def tell(self, i: int, part: Tensor) -> None:
+        self._parts[i] = part
+        if len(self._parts) == self.count and self.reading is None:
+            total = torch.stack(list(self._parts.values())).sum(dim=0)
+            self.reading = Reading(self.processes.sum(total), self.processes.device)
 
 
 def _measured(loss: Tensor, batch: Batch, sigmas: Tensor, errors: Tensor) -> Tensor:

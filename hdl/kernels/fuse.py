@@ -23,15 +23,21 @@ from hdl.kernels.graphs import Graphs
 from hdl.kernels.layer import KEPT, Entrance, FusedLayer, Run, Shared, packs
 from hdl.kernels.linears import (
     Fp8Linear,
+    Fp8MovingLinear,
     Fp8StoredLinear,
     FullLinear,
+    FullStoredLinear,
     Nf4Linear,
     PackedLinear,
+    RestoredLinear,
     adapter_order,
     base_of,
 )
 from hdl.kernels.rms_norm import rms_norm, rms_norm_backward
 from hdl.kernels.scratch import Scratch
+from hdl.memory.host import Ranks
+from hdl.memory.streaming import Streaming, block_bytes, spread
+from hdl.o1.config import O1Config
 from hdl.o1.decoder import Decoder, DecoderLayer, RMSNorm
 from hdl.o1.layout import Layout
 
@@ -45,15 +51,37 @@ def flatten(adapted: PeftModel) -> None:
     flatten_adapter(adapted, [p for modules in linears for p in adapter_order(modules)])
 
 
-def fuse(adapted: PeftModel, *, weights: str = "full", keep: str | list[str] = "everything") -> None:
+def fuse(
+    adapted: PeftModel,
+    *,
+    weights: str = "full",
+    keep: str | list[str] = "everything",
+    stream: int = 0,
+    ranks: Ranks | None = None,
+) -> None:
     """Put a flattened model's decoder on the fast path (flattening it, if that was not done).
 
     weights: a form of FORMS for the decoder's frozen weights; those that are absent (hdl/memory/absent.py) are
     read and brought into it one by one. keep: a level of `hdl.kernels.layer.KEPT`, or one for each layer.
-    ValueError when it is neither, or the model `cannot_fuse`.
+    stream: layers whose frozen weights stay in host memory (hdl/memory/streaming.py), shared by the `ranks` of a
+    machine, who then all fuse together; None: a process alone. ValueError when there are not that many layers,
+    keep is none of these, or the model `cannot_fuse`; HdlError when the host has not got the memory.
     """
-    fuse_with(adapted, partial(FORMS[weights], scratch=Scratch()), keep)
+    scratch = Scratch()
+    count = len(_decoder(adapted).layers)
+    if not 0 <= stream <= count:
+        raise ValueError(f"stream {stream}: expected 0 to {count}, the number of layers")
+    streamed = spread(stream, count) if stream else []
+    packed: list[Packed] = [partial(FORMS[weights], scratch=scratch)] * count
+    for i in streamed:
+        packed[i] = partial(STREAMED[weights], scratch=scratch, resident=False)
+    fused = fuse_with(adapted, packed, keep)
+    if streamed:
+        fused.stream(streamed, ranks)
 
+
+# Makes one of modules that share their input.
+Packed = Callable[[list[nn.Module]], PackedLinear]
 
 # By model.weights; each is given the modules of a pack, and a scratch that all packs share.
 FORMS: dict[str, Callable[..., PackedLinear]] = {
@@ -64,11 +92,25 @@ FORMS: dict[str, Callable[..., PackedLinear]] = {
     "nf4": Nf4Linear,
 }
 
+# What a streamed layer has in their place.
+STREAMED: dict[str, Callable[..., RestoredLinear]] = {
+    "full": FullStoredLinear,
+    "fp8": Fp8MovingLinear,
+    "fp8_once": Fp8MovingLinear,
+    "fp8_stored": Fp8StoredLinear,
+    "nf4": Nf4Linear,
+}
 
-def fuse_with(
-    adapted: PeftModel, packed: Callable[[list[nn.Module]], PackedLinear], keep: str | list[str]
-) -> None:
-    """`fuse` with any kind of linears; packed: makes one of modules that share their input."""
+
+def streamed_bytes(config: O1Config, weights: str, dtype: torch.dtype) -> int:
+    """Host memory that one streamed layer of such a model takes."""
+    with torch.device("meta"):
+        layer = DecoderLayer(config).to(dtype)
+        return block_bytes([STREAMED[weights](p, scratch=Scratch(), resident=False) for p in packs(layer)])
+
+
+def fuse_with(adapted: PeftModel, packed: Packed | list[Packed], keep: str | list[str]) -> "FusedDecoder":
+    """`fuse` with any kind of linears, for all layers or one kind a layer."""
     decoder = _decoder(adapted)
     count = len(decoder.layers)
     levels = [keep] * count if isinstance(keep, str) else list(keep)
@@ -78,16 +120,34 @@ def fuse_with(
         flatten(adapted)
     point_at_flat(adapted)
     flat = cast(nn.Parameter, flat_parameter(adapted))
-    fused = FusedDecoder(decoder, flat, packed, levels)
+    kinds = packed if isinstance(packed, list) else [packed] * count
+    fused = FusedDecoder(decoder, flat, kinds, levels)
     decoder.forward = fused.forward  # type: ignore[method-assign]
     if list(trained_parameters(adapted)) == [FLAT]:  # else a gradient leaves the decoder at its input, too
         fused.graphs = Graphs(fused)
+    return fused
 
 
 def graphs_of(adapted: PeftModel) -> Graphs | None:
     """What replays the training passes of a fused model, if anything does."""
     fused = getattr(_decoder(adapted).forward, "__self__", None)
     return fused.graphs if isinstance(fused, FusedDecoder) else None
+
+
+def keep_less(adapted: PeftModel) -> bool:
+    """Let every layer of a fused model keep one level less from now on; False if all keep their input alone.
+
+    What CUDA graphs held is given back."""
+    fused = _decoder(adapted).forward.__self__  # type: ignore[attr-defined]
+    assert isinstance(fused, FusedDecoder)
+    levels = list(KEPT)
+    before = [layer.keep for layer in fused.layers]
+    for layer in fused.layers:
+        layer.keep = levels[min(levels.index(layer.keep) + 1, len(levels) - 1)]
+    fused.shared.forget()
+    if fused.graphs:
+        fused.graphs.start_over()
+    return [layer.keep for layer in fused.layers] != before
 
 
 def cannot_fuse(adapted: PeftModel) -> str | None:
@@ -118,7 +178,7 @@ class FusedDecoder:
         self,
         decoder: Decoder,
         flat: nn.Parameter,
-        packed: Callable[[list[nn.Module]], PackedLinear],
+        packed: list[Packed],
         levels: list[str],
     ) -> None:
         self.config = decoder.config
@@ -126,14 +186,22 @@ class FusedDecoder:
         self.shared = Shared(flat)
         self.layers: list[FusedLayer] = []
         self.graphs: Graphs | None = None
+        self.streaming = Streaming()
         self._last_run: tuple[Layout, Run] | None = None
         start = 0
-        for layer, keep in zip(_decoder_layers(decoder), levels):
+        for layer, kind, keep in zip(_decoder_layers(decoder), packed, levels):
             below = self.layers[-1] if self.layers else None
-            self.layers.append(FusedLayer(layer, self.config, packed, keep, below, self.shared))
+            self.layers.append(FusedLayer(layer, self.config, kind, keep, below, self.shared))
             start = self.layers[-1].lay_out_adapter(start)
         linears = [linear for fused in self.layers for linear in fused.linears]
         self.copies = AdapterCopies(linears)
+
+    def stream(self, layers: list[int], ranks: Ranks | None) -> None:
+        """Bring the weights of these layers, of STREAMED linears, into host memory, and fetch them from there."""
+        linears = [cast(list[RestoredLinear], self.layers[i].linears) for i in layers]
+        self.streaming = Streaming(linears, ranks)
+        for j, i in enumerate(layers):
+            self.layers[i].visit = self.streaming.visits(j)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """As Decoder.forward: x [S, D] -> [S, D]."""
@@ -142,6 +210,7 @@ class FusedDecoder:
             replayed = self.graphs(x, layout)
             if replayed is not None:
                 return replayed
+        self.streaming.prepare("forward")
         try:
             return self.passes(x, self._run_of(layout, x))
         except torch.OutOfMemoryError:

@@ -13,6 +13,7 @@ ever run twice.
 All graphs share one pool of memory: a forward is always followed by its own backward before another graph
 runs, so what one leaves there another may overwrite. Whoever asks for a second forward first gets a plain
 one. The adapter's values are brought into the packed weights before each replay, outside of the graph.
+Streamed layers (hdl/memory/streaming.py) are fetched inside, but for what a pass has to find ready.
 """
 
 import weakref
@@ -49,14 +50,17 @@ class Captured:
         options: dict[str, Any] = {"pool": pool, "capture_error_mode": "thread_local"}
         # Autograd ties a leaf to the stream on which it was first used, which is not the capture's.
         shared.leaf = leaf = shared.flat.detach().requires_grad_()
+        streaming = decoder.streaming
         try:
-            with torch.cuda.graph(self.forward, **options):
-                out = decoder.passes(self.x, self.run)
-            # Read by then, and not kept for backward: the gradient takes its place.
-            self.out = out.detach()
-            with torch.autograd.set_multithreading_enabled(False), torch.cuda.graph(self.backward, **options):
-                shared.use_gradient(gradient)
-                torch.autograd.grad(out, leaf, self.out)
+            with streaming.recording():
+                with torch.cuda.graph(self.forward, **options), streaming.joined():
+                    out = decoder.passes(self.x, self.run)
+                # Read by then, and not kept for backward: the gradient takes its place.
+                self.out = out.detach()
+                one_thread = torch.autograd.set_multithreading_enabled(False)
+                with one_thread, torch.cuda.graph(self.backward, **options), streaming.joined():
+                    shared.use_gradient(gradient)
+                    torch.autograd.grad(out, leaf, self.out)
         finally:
             shared.leaf = shared.flat
 
@@ -99,6 +103,12 @@ class Graphs:
         self._pool = None
         torch.cuda.empty_cache()
         return held
+
+    def start_over(self) -> None:
+        """Capture anew, with the memory that there is now."""
+        self.drop()
+        self._enabled = self.decoder.shared.flat.is_cuda
+        self._open = None
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -160,7 +170,8 @@ class _Replay(torch.autograd.Function):
         ctx: Any, flat: Tensor, graphs: Graphs, captured: Captured, x: Tensor, layout: Layout
     ) -> Tensor:
         captured.load(x, layout)
-        captured.forward.replay()
+        with graphs.decoder.streaming.replaying("forward"):
+            captured.forward.replay()
         ctx.graphs, ctx.captured, ctx.open = graphs, captured, graphs.opened()
         return captured.out[: len(x)].clone()
 
@@ -169,6 +180,8 @@ class _Replay(torch.autograd.Function):
         captured: Captured = ctx.captured
         captured.out[: len(d_out)].copy_(d_out)
         captured.out[len(d_out) :].zero_()
-        captured.backward.replay()
+        decoder = ctx.graphs.decoder
+        with decoder.streaming.replaying("backward"):
+            captured.backward.replay()
         ctx.graphs.closed()
-        return ctx.graphs.decoder.shared.scratch_gradient().clone(), *[None] * 4
+        return decoder.shared.scratch_gradient().clone(), *[None] * 4

@@ -17,6 +17,7 @@ S tokens, D hidden size.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,6 +30,7 @@ from hdl.kernels.linears import Buffer, PackedLinear
 from hdl.kernels.quantize import quantize_rows
 from hdl.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_backward
 from hdl.kernels.swiglu import swiglu, swiglu_backward
+from hdl.memory.streaming import Way, resident
 from hdl.o1.config import O1Config
 from hdl.o1.decoder import DecoderLayer, RMSNorm, rotary_angles
 from hdl.o1.layout import Layout
@@ -168,6 +170,8 @@ class FusedLayer:
         self.keep = keep
         self.below, self.shared = below, shared
         self.starts: dict[PackedLinear, int] = {}  # of each linear's part of the flat adapter
+        # Surrounds whatever reads the linears' weights.
+        self.visit: Callable[[Way], AbstractContextManager[None]] = resident
 
     def lay_out_adapter(self, start: int) -> int:
         """Place this layer's part of the flat adapter at `start`; returns where it ends."""
@@ -272,8 +276,10 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: FusedLayer, run: Run) -> Tensor:
         made = Made(layer, run, {"x": x.contiguous()})
-        out = made.need("out")
-        if ctx.needs_input_grad[0]:
+        learns = ctx.needs_input_grad[0]
+        with layer.visit("forward" if learns else "forward only"):
+            out = made.need("out")
+        if learns:
             ctx.made = Made(layer, run, made.kept(KEPT[layer.keep]))
         return out  # type: ignore[no-any-return]
 
@@ -281,7 +287,8 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
         made: Made = ctx.made
         ctx.made = None  # freed piece by piece, not at the end of the whole backward pass
-        return backward(made, dout), None, None
+        with made.layer.visit("backward"):
+            return backward(made, dout), None, None
 
 
 def backward(made: Made, dout: Tensor) -> Tensor | None:
@@ -356,12 +363,15 @@ def rehearse(layers: Sequence[FusedLayer], norm: RMSNorm, run: Run, like: Tensor
     """
     generator = torch.Generator(like.device)  # nobody else's numbers may change by this
     x, d_out = like.new_empty(2, len(run.cos), like.shape[1]).normal_(generator=generator)
-    kinds = {(layer.keep, layer.below is None): layer for layer in layers}
+    kinds = {
+        (layer.keep, type(layer.down), layer.below and type(layer.below.down)): layer for layer in layers
+    }
     for layer in kinds.values():
         layer.shared.use_gradient(layer.shared.scratch_gradient())
         made = Made(layer, run, {"x": x})
-        out = made.need("out")
-        backward(Made(layer, run, made.kept(KEPT[layer.keep])), d_out)
+        with layer.visit("alone"):
+            out = made.need("out")
+            backward(Made(layer, run, made.kept(KEPT[layer.keep])), d_out)
         layer.shared.forget()
     normed, rstd = rms_norm(out, norm.weight, norm.eps)
     rms_norm_backward(normed, out, rstd, norm.weight)

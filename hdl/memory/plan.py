@@ -29,24 +29,32 @@ from hdl.o1.patches import PATCH, PATCH_DIM
 GIB = 2**30
 B16, F32 = 2, 4  # bytes a number
 FORMS = ("full", "fp8", "fp8_once", "nf4")
-# Bytes a trained number: moments and the float32 copy that is stepped.
-OPTIMIZERS = {"adamw": 8 + F32, "adamw_8bit": 2 + 2 * F32 / 256 + F32}
+# Bytes of moments, a trained number.
+OPTIMIZERS = {
+    "adamw": 2 * F32,
+    "adamw_8bit": 2 + 2 * F32 / 256,
+    "paged_adamw_8bit": 2 + 2 * F32 / 256,  # they can leave the GPU, but are not counted on to
+}
 HEAD_CHUNK = 4096  # patches, as in hdl/kernels/head_loss.py
+STREAM_STEP = 4  # layers
+STREAM_GAIN = 1.1
 CONTEXT = 0.4 * GIB  # cuBLASLt's and cuDNN's workspaces, and what is too small to be counted
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Measured rates: TFLOP/s of products in bfloat16 and e4m3 and of attention, TB/s of memory."""
+    """Measured rates: TFLOP/s of products in bfloat16 and e4m3 and of attention, TB/s of memory, GB/s from
+    page-locked host memory."""
 
     bf16: float
     fp8: float
     attention: float
     memory: float
+    host: float
 
 
-# tools/bench.py's ceilings and profiles, see docs/measurements.md.
-GPUS = {"h100": Gpu(690, 1230, 380, 2.7), "h200": Gpu(740, 1430, 400, 3.8)}
+# tools/bench.py's ceilings and profiles, see docs/measurements.md; the last from an H200.
+GPUS = {"h100": Gpu(690, 1230, 380, 2.7, 55), "h200": Gpu(740, 1430, 400, 3.8, 55)}
 
 
 @dataclass(frozen=True)
@@ -78,12 +86,15 @@ class Work:
 @dataclass(frozen=True)
 class Strategy:
     """weights: of FORMS; keep: a level for each layer; optimizer: of OPTIMIZERS; world: GPUs that share the
-    optimizer's state (ZeRO 1 and 2)."""
+    optimizer's state (ZeRO 1 and 2); master: whether it steps a float32 copy of the adapter; stream: layers whose
+    weights are in host memory (hdl/memory/streaming.py)."""
 
     weights: str
     keep: tuple[str, ...]
     optimizer: str = "adamw"
     world: int = 1
+    master: bool = True
+    stream: int = 0
 
 
 @dataclass(frozen=True)
@@ -141,12 +152,31 @@ def pack_bytes(pack: Pack, weights: str) -> int:
     return lora + n * (k + e) + transposed + (n + k + 2 * r) * F32
 
 
-def scratch_bytes(config: O1Config, rank: int, weights: str) -> int:
+def block_bytes(pack: Pack, weights: str) -> int:
+    """What of a streamed pack comes and goes; its LoRA side stays."""
+    numbers = pack.n * pack.k
+    if weights == "full":
+        return numbers * B16
+    return numbers // 2 + numbers // 64 if weights == "nf4" else numbers + pack.n * F32
+
+
+def weights_bytes(config: O1Config, rank: int, weights: str, stream: int) -> int:
+    """What the decoder's linears hold on the GPU, with two slots for the streamed layers."""
+    sizes = packs(config, rank).values()
+    layer = sum(pack_bytes(p, weights) for p in sizes)
+    streamed = sum((p.n + p.k) * p.r * B16 for p in sizes)
+    slot = sum(block_bytes(p, weights) for p in sizes)
+    return (config.num_hidden_layers - stream) * layer + stream * streamed + min(stream, 2) * slot
+
+
+def scratch_bytes(config: O1Config, rank: int, weights: str, stream: int) -> int:
     """What all packs share."""
     sizes = packs(config, rank).values()
     if weights == "nf4":
         return max(p.n * p.k for p in sizes) * B16
-    return max(p.k * (p.n + p.e) for p in sizes) if weights == "fp8_once" else 0
+    if weights == "fp8_once":
+        return max(p.k * (p.n + p.e) for p in sizes)
+    return max(p.k * p.n for p in sizes) if weights == "fp8" and stream else 0
 
 
 def adapter_numbers(config: O1Config, rank: int) -> int:
@@ -214,7 +244,10 @@ def step_ms(config: O1Config, rank: int, work: Work, strategy: Strategy, gpu: Gp
     again = sum(remade_ms(config, rank, work, level, strategy.weights, gpu) for level in strategy.keep)
     head = 1e-9 * 2 * 3 * work.patches * d * PATCH_DIM / gpu.bf16
     optimizer = 1e3 * adapter_numbers(config, rank) * 32 / (gpu.memory * 1e12)
-    return config.num_hidden_layers * layer + again + head + optimizer + 3.0  # what starts and ends it
+    computed = config.num_hidden_layers * layer + again + head + optimizer + 3.0  # what starts and ends it
+    block = sum(block_bytes(pack, strategy.weights) for pack in p.values())
+    moved = max(2 * strategy.stream - 4, 0) * block  # two blocks each way are there already
+    return max(computed, 1e3 * moved / (gpu.host * 1e9))
 
 
 def _product_ms(pack: Pack, tokens: int, weights: str, gpu: Gpu) -> float:
@@ -234,12 +267,12 @@ def _attention_ms(config: O1Config, work: Work, gpu: Gpu) -> float:
 def need(config: O1Config, rank: int, work: Work, strategy: Strategy) -> Need:
     s, d, m = work.tokens, config.hidden_size, config.intermediate_size
     layers = config.num_hidden_layers
-    p = packs(config, rank)
-    linears = layers * sum(pack_bytes(pack, strategy.weights) for pack in p.values())
+    linears = weights_bytes(config, rank, strategy.weights, strategy.stream)
     ends = PATCH_DIM * d // 4 + d // 4 * d + 256 * d + d * d + d * PATCH_DIM + layers * 2 * d
     trained = adapter_numbers(config, rank)
     # the parameter, the gradient a graph writes, the one that is handed on, and DeepSpeed's averaged one
-    adapter = trained * 4 * B16 + int(trained * OPTIMIZERS[strategy.optimizer] / strategy.world)
+    stepped = OPTIMIZERS[strategy.optimizer] + (F32 if strategy.master else 0)
+    adapter = trained * 4 * B16 + int(trained * stepped / strategy.world)
     rows = 1 if strategy.weights.startswith("fp8") else 0  # bytes a number of the e4m3 copies
     # SwiGLU's backward: the gradients that go in and come out, and what else has to be there
     level = min(strategy.keep, key=lambda name: len(KEPT[name]))
@@ -251,7 +284,7 @@ def need(config: O1Config, rank: int, work: Work, strategy: Strategy) -> Need:
     )
     optimizer = trained * F32 // strategy.world  # the gradient in float32
     return Need(
-        weights=linears + ends * B16 + scratch_bytes(config, rank, strategy.weights),
+        weights=linears + ends * B16 + scratch_bytes(config, rank, strategy.weights, strategy.stream),
         adapter=adapter,
         activations=sum(kept_bytes(config, rank, work, level) for level in strategy.keep) + 3 * s * d * B16,
         workspace=int(max(backward, head, optimizer) + CONTEXT),
@@ -277,7 +310,15 @@ def fit(points: Sequence[tuple[int, float]], layers: int, budget: float) -> list
 
 
 def plan(
-    config: O1Config, rank: int, work: Work, weights: str, optimizer: str, world: int, memory: float, gpu: Gpu
+    config: O1Config,
+    rank: int,
+    work: Work,
+    weights: str,
+    optimizer: str,
+    world: int,
+    memory: float,
+    gpu: Gpu,
+    stream: int = 0,
 ) -> Strategy | None:
     """The fastest levels for this form of weights within `memory` bytes; None where it does not fit."""
     levels = tuple(KEPT)
@@ -289,12 +330,13 @@ def plan(
     # What is made anew in a layer is workspace: the less the leanest level keeps, the more is needed of it.
     found: list[Strategy] = []
     for leanest in range(1, len(levels) + 1):
-        worst = Strategy(weights, (levels[leanest - 1],) * layers, optimizer, world)
+        worst = Strategy(weights, (levels[leanest - 1],) * layers, optimizer, world, stream=stream)
         rest = need(config, rank, work, worst)
         budget = memory - (rest.peak - layers * points[leanest - 1][0])
         chosen = fit(points[:leanest], layers, budget)
         if chosen:
-            found.append(Strategy(weights, tuple(levels[i] for i in chosen), optimizer, world))
+            keep = tuple(levels[i] for i in chosen)
+            found.append(Strategy(weights, keep, optimizer, world, stream=stream))
     return min(found, key=lambda s: step_ms(config, rank, work, s, gpu), default=None)
 
 
@@ -317,19 +359,36 @@ class Choice:
 def choices(
     config: O1Config, rank: int, work: Work, optimizer: str, world: int, memory: float, gpu: Gpu
 ) -> list[Choice]:
-    """Every form of weights within `memory` bytes, the fastest first, then those that do not fit."""
+    """Every form of weights within `memory` bytes, the best first, then those that do not fit.
+
+    The best is the fastest, but a plan that streams layers (multiples of STREAM_STEP) has to be faster by
+    STREAM_GAIN: what a host's bus gives to a GPU differs.
+    """
     found = []
+    layers = config.num_hidden_layers
+
+    def ms_of(strategy: Strategy) -> float:
+        return step_ms(config, rank, work, strategy, gpu)
+
+    def cost(strategy: Strategy) -> float:
+        return ms_of(strategy) * (STREAM_GAIN if strategy.stream else 1.0)
+
     for weights in FORMS:
-        chosen = plan(config, rank, work, weights, optimizer, world, memory, gpu)
-        leanest = Strategy(weights, ("input",) * config.num_hidden_layers, optimizer, world)
+        plans = [
+            plan(config, rank, work, weights, optimizer, world, memory, gpu, stream)
+            for stream in sorted({*range(0, layers, STREAM_STEP), layers})
+        ]
+        chosen = min((p for p in plans if p), key=cost, default=None)
+        leanest = Strategy(weights, ("input",) * layers, optimizer, world, stream=layers)
         taken = chosen or leanest
-        ms = step_ms(config, rank, work, taken, gpu)
-        found.append(Choice(weights, chosen, need(config, rank, work, taken), ms))
-    return sorted(found, key=lambda c: (c.strategy is None, c.ms))
+        found.append(Choice(weights, chosen, need(config, rank, work, taken), ms_of(taken)))
+    fitting = sorted((c for c in found if c.strategy), key=lambda c: cost(c.strategy))  # type: ignore[arg-type]
+    return fitting + [c for c in found if not c.strategy]
 
 
 def as_preset(strategy: Strategy) -> dict[str, dict[str, object]]:
     """The strategy in a run's config."""
     levels = set(strategy.keep)
     keep: object = strategy.keep[0] if len(levels) == 1 else list(strategy.keep)
-    return {"model": {"weights": strategy.weights, "keep": keep}, "train": {"optimizer": strategy.optimizer}}
+    model = {"weights": strategy.weights, "keep": keep, "stream": strategy.stream}
+    return {"model": model, "train": {"optimizer": strategy.optimizer}}

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from hdl.config import Train
 from hdl.data.prepare import Options, prepare
 from hdl.engine.processes import Processes
-from hdl.engine.sharding import check_optimizer, read_strategy, shares
+from hdl.engine.sharding import read_strategy, shares
 from hdl.errors import HdlError
 from hdl.o1.checkpoint import open_checkpoint
 from hdl.o1.prompt import PromptEncoder
@@ -23,11 +23,6 @@ def test_a_world_that_does_not_divide_the_batch() -> None:
     with pytest.raises(HdlError, match="micro_batch_size 4 does not divide a rank's share of the batch, 6"):
         shares(Train(batch_size=12, micro_batch_size=4), world=2)
     assert shares(Train(batch_size=12, micro_batch_size=3), world=2) == (3, 2)
-
-
-def test_8_bit_adamw_needs_a_gpu() -> None:
-    with pytest.raises(HdlError, match="adamw_8bit needs a CUDA GPU"):
-        check_optimizer(Train(optimizer="adamw_8bit"), torch.device("cpu"))
 
 
 def test_strategies_that_are_not_one(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from hdl.kernels.fuse import FORMS
-from hdl.kernels.linears import Fp8Linear, PackedLinear
+from hdl.kernels.linears import Fp8Linear, Fp8MovingLinear, PackedLinear
 from hdl.kernels.quantize import quantize_rows
 from hdl.kernels.scratch import Scratch
 from hdl.kernels.transpose import transpose
@@ -72,6 +72,15 @@ def test_restored_weights_are_multiplied_in_their_dtype(form: str, furthest: flo
 def test_stored_e4m3_is_the_e4m3_that_is_multiplied_in() -> None:
     stored, multiplied = FORMS["fp8_stored"](modules(), scratch=Scratch()), Fp8Linear(modules())
     torch.testing.assert_close(stored.weight(), multiplied.weight.dequantize(), rtol=1e-6, atol=0.0)  # type: ignore[operator]
+
+
+def test_moving_e4m3_is_multiplied_in_as_it_is() -> None:
+    scratch = Scratch()
+    moving, other = (Fp8MovingLinear(modules(seed), scratch) for seed in (0, 7))
+    expected = both_ways(Fp8Linear(modules()), *inputs())
+    both_ways(other, *inputs(1))  # takes the scratch in between
+    for got, wanted in zip(both_ways(moving, *inputs()), expected):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_a_scratch_stays_where_it_is() -> None:

@@ -177,13 +177,13 @@ def test_the_tool_writes_a_preset_that_a_run_takes(tmp_path: Path) -> None:
     assert model.weights in FORMS and len(model.keep) == 36
     assert Train(**written["train"]).optimizer == "adamw"
     first = next(line for line in ran.stdout.splitlines() if line.startswith(f"| {model.weights} |"))
-    assert float(first.split("|")[7]) <= 15.0
+    assert float(first.split("|")[8]) <= 15.0
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--card", "4"), "nothing fits 4 GiB: nf4"),
+        (("--card", "3"), "nothing fits 3 GiB: nf4"),
         (("--card", "24", "--size", "1000x1000"), "--size 1000x1000: expected WIDTHxHEIGHT"),
         (("--card", "0.5"), "expected more than 1 GiB"),
     ],

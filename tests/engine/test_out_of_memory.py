@@ -1,0 +1,74 @@
+"""A step that runs out of memory is taken again with more recomputation, once. The allocator's error is made up."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+REPOSITORY = Path(__file__).parents[2]
+# Trains three times (four layers, two micro-batches a step): undisturbed; with the second micro-batch of the second
+# step failing in its third layer's backward pass, once; and always.
+SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+from hdl.engine.processes import process_group
+
+out, base, shards = Path(sys.argv[1]), *sys.argv[2:4]
+with process_group() as processes:
+    import hdl.kernels.layer as layer
+    from hdl.config import load_run
+    from hdl.engine.loop import train
+    from hdl.errors import HdlError
+
+    plain = layer.backward
+    calls, failing = 0, set()
+
+    def failing_pass(*arguments):
+        global calls
+        calls += 1
+        if calls in failing:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+        return plain(*arguments)
+
+    layer.backward = failing_pass
+    for name, fails in (("undisturbed", set()), ("once", {15}), ("always", set(range(15, 1000)))):
+        calls, failing = 0, fails
+        run = load_run([
+            *("--model.base", base, "--data.shards", shards, "--save.output", str(out / name)),
+            *("--model.kernels", "fused", "--train.steps", "4", "--train.batch_size", "4", "--lora.rank", "4"),
+            *("--train.micro_batch_size", "2", "--train.warmup_steps", "1", "--train.lr", "1e-3"),
+        ])
+        try:
+            train(run, processes)
+            print("ended", name)
+        except HdlError as error:
+            print("stopped", name, error)
+"""
+
+
+def test_a_step_is_taken_again_once(tmp_path: Path, tiny_base: Path, shards: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    ran = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "runs"), str(tiny_base), str(shards)],
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0",
+                          "PYTHONPATH": str(REPOSITORY)},
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert "ended undisturbed" in ran.stdout and "ended once" in ran.stdout
+    assert "stopped always" in ran.stdout
+    stopped = ran.stdout.split("stopped always")[1]
+    assert "step 2 ran out of memory" in stopped and "Tried to allocate 1.00 GiB" in stopped
+    assert ran.stdout.count("taken again with more recomputation") == 2
+    undisturbed, once = (losses(tmp_path / "runs" / name) for name in ("undisturbed", "once"))
+    assert len(undisturbed) == 4 and once == pytest.approx(undisturbed, rel=1e-6)
+
+
+def losses(run: Path) -> list[float]:
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    return [event.value for event in events.Scalars("loss")]
