@@ -21,17 +21,13 @@ from hdl.kernels.attention import Frame
 from hdl.kernels.backend import has_fp8
 from hdl.kernels.graphs import Graphs
 from hdl.kernels.layer import KEPT, Entrance, FusedLayer, Run, Shared, packs
-from hdl.kernels.linears import (
-    Fp8Linear,
+from hdl.kernels.linears import Fp8Linear, FullLinear, PackedLinear, adapter_order, base_of
+from hdl.kernels.restored import (
     Fp8MovingLinear,
     Fp8StoredLinear,
-    FullLinear,
     FullStoredLinear,
     Nf4Linear,
-    PackedLinear,
     RestoredLinear,
-    adapter_order,
-    base_of,
 )
 from hdl.kernels.rms_norm import rms_norm, rms_norm_backward
 from hdl.kernels.scratch import Scratch

@@ -33,7 +33,7 @@ ALIGNMENT = 256  # bytes
 
 
 class Movable(Protocol):
-    """Frozen weights that can be anywhere (hdl.kernels.linears.RestoredLinear)."""
+    """Frozen weights that can be anywhere (hdl.kernels.restored.RestoredLinear)."""
 
     @property
     def device(self) -> torch.device:

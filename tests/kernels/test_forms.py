@@ -5,8 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from hdl.kernels.fuse import FORMS
-from hdl.kernels.linears import Fp8Linear, Fp8MovingLinear, PackedLinear
+from hdl.kernels.linears import Fp8Linear, PackedLinear
 from hdl.kernels.quantize import quantize_rows
+from hdl.kernels.restored import Fp8MovingLinear
 from hdl.kernels.scratch import Scratch
 from hdl.kernels.transpose import transpose
 from tests.kernels.helpers import DEVICE, draw
