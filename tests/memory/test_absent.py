@@ -1,6 +1,5 @@
 """Weights left in the checkpoint: what stands in for them, and that they end where they belong."""
 
-import gc
 import weakref
 from pathlib import Path
 
@@ -85,7 +84,6 @@ def test_one_weight_at_a_time_is_in_memory_in_its_old_form(
     read = Checkpoint.read
 
     def watched(self: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
-        gc.collect()
         assert not any(ref() is not None for ref in alive), "the weight before is still there"
         weight = read(self, name, device, dtype)
         alive.append(weakref.ref(weight))
