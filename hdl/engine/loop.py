@@ -40,6 +40,7 @@ class Prepared:
     """What is known to be right before a weight is read. run: as it is taken; expected: of its memory, in words."""
 
     run: Run
+    fuses: bool  # may take the fast path, so that its weights need not be loaded yet
     expected: str | None
     folder: RunFolder
     checkpoint: Checkpoint
@@ -56,11 +57,11 @@ def prepare(run: Run, processes: Processes) -> Prepared:
     shares(run.train, processes.world)
     read_strategy(run.train.deepspeed)
     check_optimizer(run.train, processes.device, _dtype(run, processes))
-    fuses = may_fuse(run, processes.device) and not run.lora.dropout
+    fuses = may_fuse(run, processes.device)
     checkpoint = open_checkpoint(run.model.base, run.model.config_from, run.model.random_init)
     fingerprint = checkpoint.fingerprint()
     shards = Shards(run.data.shards, fingerprint)
-    run, expected = settled(run, checkpoint.config, shards.infos, processes, fuses)
+    run, expected = settled(run, checkpoint.config, shards.infos, processes, fuses and not run.lora.dropout)
     check_stream(run, checkpoint.config, _dtype(run, processes))
     validation = Validation(run, checkpoint, processes)
     trained_on = {"base": fingerprint, "data": shards.dataset_hash}
@@ -70,7 +71,7 @@ def prepare(run: Run, processes: Processes) -> Prepared:
         if run.resume:
             _check_same_run(read_state(folder.to_resume()), trained_on, folder)
         folder.claim(run)
-    return Prepared(run, expected, folder, checkpoint, shards, validation, trained_on)
+    return Prepared(run, fuses, expected, folder, checkpoint, shards, validation, trained_on)
 
 
 def _check_same_run(state: dict[str, str], trained_on: dict[str, str], folder: RunFolder) -> None:
@@ -92,8 +93,7 @@ def train(run: Run, processes: Processes) -> None:
 
     run = prepared.run
     dtype = _dtype(run, processes)
-    absent = may_fuse(run, processes.device)
-    model = load_model(prepared.checkpoint, processes.device, dtype, absent)
+    model = load_model(prepared.checkpoint, processes.device, dtype, absent=prepared.fuses)
     adapted = attach(model, run.lora, str(run.model.base), run.train.seed)
     done = 0
     if run.resume:

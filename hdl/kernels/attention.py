@@ -66,8 +66,7 @@ class Frame:
         whole = max(segment.tokens for segment in segments)
         if exact:
             return cls(layout.tokens, len(segments), False, text, gen, whole, segments)
-        step = max(2 ** (layout.tokens.bit_length() - 1) // STEPS, 1)
-        tokens = _up(layout.tokens, step)
+        tokens = rows_for(layout.tokens)
         room = math.ceil(tokens * MAX_WASTE)  # what a smaller run may leave to the tail
         gen, whole = max(gen, room), max(whole, room)
         bounds = _up(text, ROUND_TEXT_TO), _up(gen, ROUND_GEN_TO), _up(whole, ROUND_WHOLE_TO)
@@ -84,6 +83,11 @@ class Frame:
             fits = layout.tokens == self.tokens
         longest = needed.text <= self.text and needed.gen <= self.gen and needed.whole <= self.whole
         return fits and longest and needed.samples == self.samples
+
+
+def rows_for(tokens: int) -> int:
+    """Rows of the buffers of a run that is captured: up to a 32nd more than its tokens."""
+    return _up(tokens, max(2 ** (tokens.bit_length() - 1) // STEPS, 1))
 
 
 class Gradients(NamedTuple):

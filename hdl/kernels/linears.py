@@ -121,7 +121,7 @@ class PackedLinear:
         self.n = self.members[-1].rows.stop
         self.k = base_of(modules[0]).weight.shape[1]
         ranks = self.members[-1].ranks.stop
-        self.r = -(-ranks // ALIGNMENT) * ALIGNMENT
+        self.r = padded_rank(ranks)
 
     def parameters(self) -> list[nn.Parameter]:
         """The adapter's parameters in the order of `adapter_gradients`."""
@@ -314,6 +314,11 @@ def _into(out: Tensor, left: Tensor, right: Tensor) -> None:
         torch.mm(left, right, out=out)
     else:  # an adapter trained in float32 beside a bfloat16 model
         out.copy_(left @ right)
+
+
+def padded_rank(ranks: int) -> int:
+    """R: so many columns that rows of a matrix this much wider stay aligned."""
+    return -(-ranks // ALIGNMENT) * ALIGNMENT
 
 
 def base_of(module: nn.Module) -> nn.Linear:

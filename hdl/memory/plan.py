@@ -18,15 +18,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby, product
 
-from hdl.kernels.attention import STEPS
+from hdl.kernels.attention import rows_for
 from hdl.kernels.folded import folded_width
 from hdl.kernels.layer import KEPT
-from hdl.kernels.linears import ALIGNMENT
+from hdl.kernels.linears import padded_rank
+from hdl.memory.host import GIB
 from hdl.o1.config import O1Config
 from hdl.o1.layout import Segment
 from hdl.o1.patches import PATCH, PATCH_DIM
 
-GIB = 2**30
 B16, F32 = 2, 4  # bytes a number
 FORMS = ("full", "fp8", "fp8_once", "nf4")
 # Bytes of moments, a trained number.
@@ -69,10 +69,8 @@ class Work:
     @classmethod
     def of(cls, segments: Sequence[Segment]) -> "Work":
         """Of a pack of these samples, its rows rounded up as a captured pass has them."""
-        layout_tokens = sum(segment.tokens for segment in segments)
-        step = max(2 ** (layout_tokens.bit_length() - 1) // STEPS, 1)
         return cls(
-            -(-layout_tokens // step) * step,
+            rows_for(sum(segment.tokens for segment in segments)),
             sum(segment.patches for segment in segments),
             sum(segment.tokens**2 for segment in segments),
         )
@@ -129,15 +127,11 @@ def packs(config: O1Config, rank: int) -> dict[str, Pack]:
     d, m = config.hidden_size, config.intermediate_size
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     return {
-        "qkv": Pack(q + 2 * kv, d, _padded(3 * rank)),
-        "o": Pack(d, q, _padded(rank)),
-        "gate_up": Pack(2 * m, d, _padded(2 * rank)),
-        "down": Pack(d, m, _padded(rank)),
+        "qkv": Pack(q + 2 * kv, d, padded_rank(3 * rank)),
+        "o": Pack(d, q, padded_rank(rank)),
+        "gate_up": Pack(2 * m, d, padded_rank(2 * rank)),
+        "down": Pack(d, m, padded_rank(rank)),
     }
-
-
-def _padded(rank: int) -> int:
-    return -(-rank // ALIGNMENT) * ALIGNMENT
 
 
 def pack_bytes(pack: Pack, weights: str) -> int:
