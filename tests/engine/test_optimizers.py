@@ -1,11 +1,8 @@
 """Optimizers and masters: what a step does to a weight, what is refused, and that moments can be kept."""
 
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +11,7 @@ from torch import Tensor, nn
 
 import hdl.engine.rounding_adamw as rounding_adamw
 from hdl.config import Train
-from hdl.engine.processes import Processes, process_group
+from hdl.engine.processes import Processes
 from hdl.engine.rounding_adamw import RoundingAdamW, round_stochastically
 from hdl.errors import HdlError
 
@@ -133,12 +130,6 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
     offloaded.write_text('{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}')
     with pytest.raises(HdlError, match="train.master bfloat16: .* has offload_optimizer"):
         check_optimizer(Train(master="bfloat16", deepspeed=offloaded), CPU, torch.bfloat16)
-
-
-@pytest.fixture(scope="module")
-def group() -> Iterator[Processes]:
-    with mock.patch.dict(os.environ), process_group() as processes:
-        yield processes
 
 
 class Gain(nn.Module):

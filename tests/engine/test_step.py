@@ -1,13 +1,10 @@
 """One training step: its numbers, its gradient, and what the host waits for."""
 
 import math
-import os
 import time
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +13,7 @@ from torch import Tensor, nn
 from hdl.config import Flow, Train
 from hdl.data.batches import Batch, pack
 from hdl.data.shards import Sample
-from hdl.engine.processes import Processes, process_group
+from hdl.engine.processes import Processes
 from hdl.engine.step import Measured, TrainStep
 from hdl.flow.noise import VARIANTS
 from hdl.flow.step import flow_matching_loss
@@ -125,12 +122,6 @@ def test_dropout_belongs_to_the_step_and_nothing_else_draws() -> None:
     torch.rand(5)
     assert loss_of(3, 0.5) == first != loss_of(3, 0.0)
     assert loss_of(3, 0.0) == loss_of(3, 0.0)
-
-
-@pytest.fixture(scope="module")
-def group() -> Iterator[Processes]:
-    with mock.patch.dict(os.environ), process_group() as processes:
-        yield processes
 
 
 CUDA = torch.cuda.is_available()
