@@ -18,7 +18,7 @@ from hdl.bench.cases import all_cases
 from hdl.bench.exactness import distances
 from hdl.bench.rounding import moved_by_rounding
 from hdl.config import Lora
-from hdl.data.shards import Sample
+from hdl.data.samples import Sample
 from hdl.errors import HdlError, command_line
 from hdl.o1.checkpoint import Checkpoint, open_checkpoint
 

@@ -22,7 +22,7 @@ import torch
 
 from hdl.data.batches import Batch, pack, samples_of_step
 from hdl.data.buckets import choose_bucket
-from hdl.data.shards import Sample
+from hdl.data.samples import Sample
 from hdl.o1.config import O1Config
 from hdl.o1.layout import Segment
 from hdl.o1.patches import PATCH, PATCH_DIM

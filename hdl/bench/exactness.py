@@ -19,7 +19,7 @@ from torch import Tensor
 from hdl.adapter.flat import by_name, trained_parameters
 from hdl.adapter.lora import adapter_parameters, attach
 from hdl.config import Lora
-from hdl.data.shards import Sample
+from hdl.data.samples import Sample
 from hdl.flow.loss import patch_errors
 from hdl.kernels.fuse import fuse
 from hdl.kernels.noising import noise_patches

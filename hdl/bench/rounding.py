@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hdl.bench.exactness import Answer, adapted_model, compare, take_step
 from hdl.config import Lora
-from hdl.data.shards import Sample
+from hdl.data.samples import Sample
 from hdl.kernels.fuse import fuse_with
 from hdl.kernels.gemm import product, product_transposed
 from hdl.kernels.linears import Buffer, FullLinear

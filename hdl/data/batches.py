@@ -16,7 +16,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from hdl.data.shards import Sample, Shards
+from hdl.data.samples import Sample
+from hdl.data.shards import Shards
 from hdl.o1.layout import Layout, Segment, lay_out
 from hdl.seeds import generator_for
 

@@ -23,16 +23,14 @@ from tqdm import tqdm
 from hdl.data.captions import CaptionOptions, Look, check_options, compose, read_caption, read_styles
 from hdl.data.files import Folder, list_folder
 from hdl.data.images import Job, Picture, Skip, picture_or_skip
+from hdl.data.samples import Prompt, SampleInfo, hash_of_captions, hash_of_embeds, payload_of
 from hdl.data.shard_writer import OWN, SHARD_BYTES, Earlier, ShardWriter, read_earlier
 from hdl.data.shards import (
     INDEX_FILE,
     VERSION,
-    SampleInfo,
     bucket_counts,
     check_base,
-    payload_of,
     read_index,
-    sha256_of,
     write_durably,
 )
 from hdl.data.workers import in_order
@@ -138,7 +136,7 @@ def prepare(
         writer.finish(
             base={"fingerprint": fingerprint, "hidden_size": checkpoint.config.hidden_size},
             options=asdict(options),
-            empty=payload_of(prompt_tensors(encoder, empty_ids)),
+            empty=payload_of([prompt(encoder, empty_ids)]),
             empty_tokens=len(empty_ids),
         )
         summary.removed = len(earlier.finished_sources.difference(info.source for info in writer.infos))
@@ -232,8 +230,8 @@ def make_sample(
     task: Task, image_sha256: str, picture: Picture, encoder: PromptEncoder
 ) -> tuple[SampleInfo, bytes]:
     """A task and its picture -> the sample's line (shard and offset still open) and its safetensors bytes."""
-    prompt = prompt_tensors(encoder, task.ids)
-    payload = payload_of({"patches": patchify(torch.from_numpy(picture.pixels.copy())), **prompt})
+    prompts = [prompt(encoder, task.ids)]
+    payload = payload_of(prompts, patchify(torch.from_numpy(picture.pixels.copy())))
     info = SampleInfo(
         key=key_of(task.source),
         shard="",
@@ -242,11 +240,14 @@ def make_sample(
         sha256=hashlib.sha256(payload).hexdigest(),
         rows=picture.rows,
         cols=picture.cols,
-        text_tokens=len(task.ids),
-        caption=task.caption,
-        caption_sha256=hashlib.sha256(task.caption.encode()).hexdigest(),
-        embeds_sha256=sha256_of(prompt["text_embeds"]),
+        references=[],
+        text_tokens=[len(task.ids)],
+        captions=[task.caption],
+        mirrored=False,
+        caption_sha256=hash_of_captions([task.caption]),
+        embeds_sha256=hash_of_embeds(prompts),
         source=task.source,
+        view=None,
         style=task.look.style,
         tags=task.look.tags,
         note=picture.note,
@@ -256,9 +257,8 @@ def make_sample(
     return info, payload
 
 
-def prompt_tensors(encoder: PromptEncoder, ids: list[int]) -> dict[str, torch.Tensor]:
-    """input_ids int32 [L], text_embeds bfloat16 [L, D]."""
-    return {"input_ids": torch.tensor(ids, dtype=torch.int32), "text_embeds": encoder.embed(ids)}
+def prompt(encoder: PromptEncoder, ids: list[int]) -> Prompt:
+    return Prompt(torch.tensor(ids), encoder.embed(ids))
 
 
 def key_of(source: str) -> str:

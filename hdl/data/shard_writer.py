@@ -19,15 +19,13 @@ from typing import IO, Any
 
 import webdataset
 
+from hdl.data.samples import SampleInfo, info_from_json, info_to_json
 from hdl.data.shards import (
     FORMAT,
     INDEX_FILE,
     VERSION,
-    SampleInfo,
     bucket_counts,
     dataset_hash,
-    info_from_json,
-    info_to_json,
     read_checked,
     read_payload,
     write_durably,
@@ -75,7 +73,9 @@ def read_earlier(folder: Path, index: dict[str, Any] | None) -> Earlier:
             earlier.samples[info.shard].append(info)
     for note in _unfinished(folder):
         earlier.shards[note["shard"]["file"]] = note["shard"]
-        earlier.samples[note["shard"]["file"]] = [SampleInfo(**info) for info in note["samples"]]
+        earlier.samples[note["shard"]["file"]] = [
+            info_from_json(json.dumps(info)) for info in note["samples"]
+        ]
     for name, record in list(earlier.shards.items()):
         path = folder / name
         if not path.is_file() or path.stat().st_size != record["bytes"]:
@@ -234,7 +234,17 @@ def _unfinished(folder: Path) -> Iterator[dict[str, Any]]:
 
 def _description(info: SampleInfo) -> bytes:
     """KEY.json, for readers other than hdl."""
-    names = ("caption", "source", "style", "tags", "caption_sha256", "embeds_sha256", "image_sha256")
+    names = (
+        "captions",
+        "references",
+        "source",
+        "view",
+        "style",
+        "tags",
+        "caption_sha256",
+        "embeds_sha256",
+        "image_sha256",
+    )
     described = {name: getattr(info, name) for name in names}
     return json.dumps(described | {"height": info.rows * PATCH, "width": info.cols * PATCH}).encode()
 

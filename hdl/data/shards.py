@@ -4,12 +4,10 @@ A folder of WebDataset tar shards (any WebDataset reader can iterate them) plus 
 sample be read by itself:
 
     index.json                     what this is, for which base; name, size and hash of every other file
-    shard-000000-1a2b3c4d.tar      per sample KEY.safetensors and KEY.json
+    shard-000000-1a2b3c4d.tar      per sample KEY.safetensors (see hdl/data/samples.py) and KEY.json
     samples-1a2b3c4d.jsonl         one `SampleInfo` a line, in training order
     empty-1a2b3c4d.safetensors     the empty prompt, for caption dropout
     report.txt, report.json        what was skipped and why
-
-KEY.safetensors holds `patches` uint8 [N, 3072], `input_ids` int32 [L] and `text_embeds` bfloat16 [L, D].
 
 Unusual: names carry the start of the content's hash. A new generation of files can then lie beside the old
 one, and the change from one to the other is the single atomic replacement of index.json.
@@ -19,65 +17,16 @@ import hashlib
 import json
 import os
 from collections import Counter
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-import torch
-from safetensors import SafetensorError
-from torch import Tensor
-
+from hdl.data.samples import Sample, SampleInfo, info_from_json, prompt_from, sample_from
 from hdl.errors import HdlError
 
 FORMAT = "hdl-shards"
-VERSION = 1
+VERSION = 2
 INDEX_FILE = "index.json"
 PREPARE_AGAIN = "run tools/prepare.py again with the same options to make it anew"
-
-
-@dataclass(frozen=True)
-class SampleInfo:
-    """One line of the samples file: all that is known of a sample without reading it."""
-
-    key: str
-    shard: str  # file name of its shard
-    offset: int  # of the safetensors bytes in the shard
-    size: int  # of the safetensors bytes
-    sha256: str  # of the safetensors bytes
-    rows: int  # patches
-    cols: int  # patches
-    text_tokens: int  # L, boi and tms included
-    caption: str  # as trained, trigger and descriptors included
-    caption_sha256: str
-    embeds_sha256: str
-    source: str  # the image, relative to the images folder
-    style: str | None
-    tags: list[str]
-    note: str | None  # what the report says of this image
-    image_sha256: str  # of the image file
-    recipe: str  # hash of everything else the sample was made from: caption, options, base
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """input_ids int64 [L], text_embeds bfloat16 [L, D]."""
-
-    input_ids: Tensor
-    text_embeds: Tensor
-
-
-@dataclass(frozen=True)
-class Sample:
-    """patches uint8 [rows*cols, 3072], input_ids int64 [L], text_embeds bfloat16 [L, D]."""
-
-    key: str
-    patches: Tensor
-    rows: int
-    cols: int
-    input_ids: Tensor
-    text_embeds: Tensor
-    caption: str
 
 
 class Shards:
@@ -97,26 +46,17 @@ class Shards:
             check_size(self.folder / shard["file"], shard["bytes"])
         lines = read_checked(self.folder, self.index["samples"])
         self.infos = [info_from_json(line) for line in lines.decode().splitlines()]
-        stored = _tensors(read_checked(self.folder, self.index["empty_prompt"]))
-        self.empty = Prompt(stored["input_ids"].long(), stored["text_embeds"])
+        self.empty = prompt_from(read_checked(self.folder, self.index["empty_prompt"]))
         self.dataset_hash: str = self.index["dataset_hash"]
 
     def __len__(self) -> int:
         return len(self.infos)
 
-    def read(self, i: int) -> Sample:
-        """Sample i. HdlError naming shard and key where its bytes are not those that were written."""
+    def read(self, i: int, caption: int = 0) -> Sample:
+        """Sample i with one of its captions. HdlError naming shard and key where its bytes are not those that
+        were written."""
         info = self.infos[i]
-        stored = _tensors(read_payload(self.folder, info))
-        return Sample(
-            info.key,
-            stored["patches"],
-            info.rows,
-            info.cols,
-            stored["input_ids"].long(),
-            stored["text_embeds"],
-            info.caption,
-        )
+        return sample_from(read_payload(self.folder, info), info, caption)
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -193,24 +133,6 @@ def read_payload(folder: Path, info: SampleInfo) -> bytes:
     return payload
 
 
-def payload_of(tensors: dict[str, Tensor]) -> bytes:
-    """Tensors -> safetensors bytes, the same bytes for the same tensors."""
-    return safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()})
-
-
-def sha256_of(tensor: Tensor) -> str:
-    """Hash of a tensor's bytes."""
-    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
-
-
-def info_to_json(info: SampleInfo) -> str:
-    return json.dumps(asdict(info))
-
-
-def info_from_json(line: str) -> SampleInfo:
-    return SampleInfo(**json.loads(line))
-
-
 def dataset_hash(fingerprint: str, samples: dict[str, Any], empty: dict[str, Any]) -> str:
     """Identifies prepared data: their base, every sample and its place, and the empty prompt."""
     return hashlib.sha256(" ".join((fingerprint, samples["sha256"], empty["sha256"])).encode()).hexdigest()
@@ -230,10 +152,3 @@ def write_durably(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-
-
-def _tensors(payload: bytes) -> dict[str, Tensor]:
-    try:
-        return safetensors.torch.load(payload)
-    except SafetensorError as error:  # the hash was right: written by something that is not this hdl
-        raise HdlError(f"a sample is not readable as safetensors ({error}); {PREPARE_AGAIN}") from None

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from hdl.config import Run
-from hdl.data.shards import SampleInfo
+from hdl.data.samples import SampleInfo
 from hdl.engine.processes import Processes
 from hdl.engine.sharding import shares
 from hdl.errors import HdlError
@@ -109,8 +109,8 @@ def settle(
 
 def heaviest(infos: Sequence[SampleInfo], micro: int) -> Work:
     """The micro-batch with the most tokens that these samples can make."""
-    longest = sorted(infos, key=lambda i: i.rows * i.cols + i.text_tokens, reverse=True)
-    segments = [Segment(i.text_tokens, i.rows, i.cols) for i in longest[:micro]]
+    longest = sorted(infos, key=lambda i: i.patches + max(i.text_tokens), reverse=True)
+    segments = [Segment(max(i.text_tokens), i.rows, i.cols) for i in longest[:micro]]
     while len(segments) < micro:  # samples come again
         segments += segments[: micro - len(segments)]
     return Work.of(segments)

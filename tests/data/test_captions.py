@@ -146,5 +146,5 @@ def test_trigger_reaches_the_shards_of_one_style_only(images: Path, run) -> None
     put(images, "styled.png", "a blue house")
     (images / "styles.json").write_text('{"styled.png": "kotonia"}')
     summary = run(options=Options(area=64, captions=KOTONIA_ONLY))
-    captions = [info.caption for info in Shards(summary.out).infos]
+    captions = [info.captions[0] for info in Shards(summary.out).infos]
     assert captions == ["a red house", "kotonia style, a blue house"]

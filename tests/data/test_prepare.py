@@ -16,7 +16,7 @@ from PIL import Image
 import hdl.data.prepare
 from hdl.data.captions import CaptionOptions
 from hdl.data.prepare import Options, Summary, prepare
-from hdl.data.shards import Shards
+from hdl.data.shards import VERSION, Shards
 from hdl.errors import HdlError
 
 ROOT = Path(__file__).parents[2]
@@ -85,7 +85,7 @@ def test_file_names_that_are_not_utf_8(images: Path, run: Run) -> None:
     put(images, os.fsdecode(b"b\xe4r.png"), "a bear")
     put(images, os.fsdecode(b"l\xf6we.png"), caption=None)
     summary = run()
-    assert [info.caption for info in Shards(summary.out).infos] == ["a bear"]
+    assert [info.captions[0] for info in Shards(summary.out).infos] == ["a bear"]
     assert b"skipped l\xf6we.png: there is no caption" in (summary.out / "report.txt").read_bytes()
 
 
@@ -264,7 +264,7 @@ def test_killed_first_run_is_taken_up(twelve: Path, run: Run, tmp_path: Path, de
     infos = Shards(broken.out).infos
     kept = [info for info in infos if info.shard == infos[0].shard]
     record = Shards(broken.out).index["shards"][0]
-    note = {"version": 1, "shard": record, "samples": [vars(info) for info in kept]}
+    note = {"version": VERSION, "shard": record, "samples": [vars(info) for info in kept]}
     (broken.out / "index.json").unlink()
     (broken.out / "unfinished.jsonl").write_text(json.dumps(note) + "\n")
     (broken.out / "shard-000003.tmp").write_text("half a shard")
@@ -449,7 +449,7 @@ def test_command_line(twelve: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "12 samples in 1 shard(s): reused 0, new 12, removed 0" in done.stdout
     assert "     64 x 64             4        12" in done.stdout
-    captions = [info.caption for info in Shards(tmp_path / "out").infos]
+    captions = [info.captions[0] for info in Shards(tmp_path / "out").infos]
     assert captions[2:4] == ["thing 2", "kotonia style, thing 3, dark sky"]
 
     command[2] = str(tmp_path / "nowhere")

@@ -56,7 +56,7 @@ def test_text_is_what_the_checkpoint_makes_of_the_caption(out: Path) -> None:
         assert sample.input_ids.dtype == torch.int64 and sample.input_ids.tolist() == ids
         assert sample.text_embeds.dtype == torch.bfloat16
         assert torch.equal(sample.text_embeds, encoder.embed(ids))
-        assert len(ids) == shards.infos[i].text_tokens
+        assert len(ids) == shards.infos[i].text_tokens[0]
     empty = encoder.ids(UNCONDITIONAL_PROMPT)
     assert shards.empty.input_ids.tolist() == empty
     assert torch.equal(shards.empty.text_embeds, encoder.embed(empty))
@@ -76,7 +76,7 @@ def test_any_webdataset_reader_iterates_the_shards(out: Path) -> None:
     shards = Shards(out)
     assert [sample["__key__"] for sample in read] == [info.key for info in shards.infos]
     for i, sample in enumerate(read):
-        assert sample["json"]["caption"] == f"thing number {i}"
+        assert sample["json"]["captions"] == [f"thing number {i}"]
         tensors = safetensors.torch.load(sample["safetensors"])
         assert tensors["input_ids"].dtype == torch.int32
         assert torch.equal(tensors["patches"], shards.read(i).patches)
@@ -108,7 +108,7 @@ def test_no_folder_no_index_no_shards(tmp_path: Path) -> None:
     [
         ("{", "not readable as JSON"),
         ("[]", "not an index of hdl shards"),
-        ('{"format": "hdl-shards", "version": 99}', "format version 99, this hdl reads version 1"),
+        ('{"format": "hdl-shards", "version": 99}', "format version 99, this hdl reads version 2"),
     ],
 )
 def test_index_of_something_else(tmp_path: Path, content: str, message: str) -> None:

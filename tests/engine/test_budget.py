@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from hdl.config import Lora, Run, load_run
-from hdl.data.shards import SampleInfo
+from hdl.data.samples import SampleInfo
 from hdl.engine.budget import Budget, heaviest, settle
 from hdl.errors import HdlError
 from hdl.memory.plan import GIB, Work
@@ -17,12 +17,8 @@ REAL = read_config(Path(__file__).parents[1] / "o1/o1-8b-config.json")
 
 
 def info(rows: int, cols: int, text: int) -> SampleInfo:
-    return SampleInfo("k", "s", 0, 0, "", rows, cols, text, "", "", *_rest())
-
-
-def _rest() -> list[Any]:
-    """Fields a budget does not look at."""
-    return [None] * (len(SampleInfo.__dataclass_fields__) - 10)
+    unlooked_at: dict[str, Any] = dict.fromkeys(SampleInfo.__dataclass_fields__)
+    return SampleInfo(**unlooked_at | {"rows": rows, "cols": cols, "text_tokens": [text], "references": []})
 
 
 INFOS = [info(32, 32, 160), info(40, 26, 90), info(32, 32, 200)]

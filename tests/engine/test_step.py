@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hdl.config import Flow, Train
 from hdl.data.batches import Batch, pack
-from hdl.data.shards import Sample
+from hdl.data.samples import Sample
 from hdl.engine.processes import Processes
 from hdl.engine.step import Measured, TrainStep
 from hdl.flow.noise import VARIANTS

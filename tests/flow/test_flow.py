@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hdl.config import Flow
 from hdl.data.batches import pack
-from hdl.data.shards import Sample
+from hdl.data.samples import Sample
 from hdl.flow.loss import X0Error, loss_weights, patch_errors, velocity
 from hdl.flow.noise import VARIANTS, add_noise, clip_noise, noise_keys
 from hdl.flow.sigma import draw_sigmas, shift_sigma

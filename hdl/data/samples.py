@@ -1,0 +1,161 @@
+"""A sample: what is known of it without reading it, and the bytes it is read from.
+
+The bytes are safetensors:
+
+    patches             uint8 [N, 3072]     the picture, row by row
+    references          uint8 [M, 3072]     the pictures it was made from, one after another, where it is paired
+    input_ids           int32 [L1+L2+...]   its captions' tokens, one caption after another
+    token_ids           int32 [U]           the different tokens among them, ascending
+    token_embeds        bfloat16 [U, D]     their text embeddings
+
+Unusual: text embeddings are rows of the base's token table, so each different token's row is kept once. A
+further caption of a picture then costs little more than its token ids, also to read.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from hdl.errors import HdlError
+
+Grid = tuple[int, int]  # rows, cols of patches
+
+
+@dataclass(frozen=True)
+class SampleInfo:
+    """One line of the samples file."""
+
+    key: str
+    shard: str  # file name of its shard
+    offset: int  # of the safetensors bytes in the shard
+    size: int  # of the safetensors bytes
+    sha256: str  # of the safetensors bytes
+    rows: int  # patches
+    cols: int  # patches
+    references: list[Grid]  # grids of the pictures it was made from; none: text to image
+    text_tokens: list[int]  # L of each caption, boi and tms included
+    captions: list[str]  # as trained, trigger and descriptors included; any of them describes the picture
+    mirrored: bool  # may be trained mirrored: nothing in it has a right way round
+    caption_sha256: str  # of the captions
+    embeds_sha256: str
+    source: str  # the image, relative to the images folder
+    view: str | None  # which part or resolution of the image; None: the only one
+    style: str | None
+    tags: list[str]
+    note: str | None  # what the report says of this image
+    image_sha256: str  # of the image file
+    recipe: str  # hash of everything else the sample was made from: captions, options, base
+
+    @property
+    def patches(self) -> int:
+        """Of the picture: those with a loss."""
+        return self.rows * self.cols
+
+    def tokens(self, caption: int = 0) -> int:
+        """Of the whole sequence with one of its captions: text, patches, references' patches."""
+        return self.text_tokens[caption] + self.patches + sum(rows * cols for rows, cols in self.references)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """input_ids int64 [L], text_embeds bfloat16 [L, D]."""
+
+    input_ids: Tensor
+    text_embeds: Tensor
+
+
+@dataclass(frozen=True)
+class Sample:
+    """patches uint8 [rows*cols, 3072], input_ids int64 [L], text_embeds bfloat16 [L, D], references: uint8
+    [rows*cols, 3072] of each with its grid."""
+
+    key: str
+    patches: Tensor
+    rows: int
+    cols: int
+    input_ids: Tensor
+    text_embeds: Tensor
+    caption: str
+    references: tuple[tuple[Grid, Tensor], ...] = ()
+
+
+def payload_of(
+    prompts: list[Prompt], patches: Tensor | None = None, references: list[Tensor] | None = None
+) -> bytes:
+    """A sample's bytes; the same for the same tensors. patches None: prompts alone."""
+    tensors = prompt_tensors(prompts)
+    if patches is not None:
+        tensors["patches"] = patches.contiguous()
+    if references:
+        tensors["references"] = torch.cat(references)
+    return safetensors.torch.save(tensors)
+
+
+def prompt_tensors(prompts: list[Prompt]) -> dict[str, Tensor]:
+    ids = torch.cat([prompt.input_ids for prompt in prompts])
+    embeds = torch.cat([prompt.text_embeds for prompt in prompts])
+    token_ids, place = torch.unique(ids, return_inverse=True)
+    rows = embeds.new_empty(len(token_ids), embeds.shape[1])
+    rows[place] = embeds  # a token's rows are all the same
+    return {"input_ids": ids.int(), "token_ids": token_ids.int(), "token_embeds": rows}
+
+
+def sample_from(payload: bytes, info: SampleInfo, caption: int = 0) -> Sample:
+    """The sample with one of its captions. HdlError where the bytes are no safetensors."""
+    tensors = _tensors(payload)
+    prompt = _prompt(tensors, info.text_tokens, caption)
+    references: list[tuple[Grid, Tensor]] = []
+    if info.references:
+        sizes = [rows * cols for rows, cols in info.references]
+        parts = tensors["references"].split(sizes)
+        references = [((rows, cols), part) for (rows, cols), part in zip(info.references, parts)]
+    return Sample(
+        info.key, tensors["patches"], info.rows, info.cols, prompt.input_ids, prompt.text_embeds,
+        info.captions[caption], tuple(references),
+    )  # fmt: skip
+
+
+def prompt_from(payload: bytes) -> Prompt:
+    """The only prompt of a payload."""
+    tensors = _tensors(payload)
+    return _prompt(tensors, [len(tensors["input_ids"])], 0)
+
+
+def _prompt(tensors: dict[str, Tensor], lengths: list[int], caption: int) -> Prompt:
+    ids = tensors["input_ids"].split(lengths)[caption]
+    embeds = tensors["token_embeds"][torch.searchsorted(tensors["token_ids"], ids)]
+    return Prompt(ids.long(), embeds)
+
+
+def hash_of_embeds(prompts: list[Prompt]) -> str:
+    """sha256 of the text embeddings' bytes, as they are kept."""
+    embeds = prompt_tensors(prompts)["token_embeds"]
+    return hashlib.sha256(embeds.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def hash_of_captions(captions: list[str]) -> str:
+    return hashlib.sha256("\0".join(captions).encode()).hexdigest()
+
+
+def info_to_json(info: SampleInfo) -> str:
+    return json.dumps(asdict(info))
+
+
+def info_from_json(line: str) -> SampleInfo:
+    fields = json.loads(line)
+    return SampleInfo(**fields | {"references": [(rows, cols) for rows, cols in fields["references"]]})
+
+
+def _tensors(payload: bytes) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load(payload)
+    except SafetensorError as error:  # the hash was right: written by something that is not this hdl
+        raise HdlError(
+            f"a sample is not readable as safetensors ({error}); run tools/prepare.py again with the same options "
+            "to make it anew"
+        ) from None
