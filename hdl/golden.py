@@ -6,11 +6,11 @@ the model's own code gave for each case (float32 on a CPU). Every case is comput
     t2i      token ids, positions and types; x_pred of one forward pass
     train    the noised image, x_pred, the loss and its gradient for some weights
     sample   the timesteps, the first x_pred and the final picture
-    edit     not covered yet
+    edit     the same with reference images: their sizes, tokens, positions and pixels
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,10 @@ from hdl.o1.decoder import O1
 from hdl.o1.layout import Segment, lay_out
 from hdl.o1.patches import PATCH, patchify, to_model, to_pixels, unpatchify
 from hdl.o1.prompt import UNCONDITIONAL_PROMPT, PromptEncoder
-from hdl.sample.generate import Request, denoise, initial_generator, initial_noise
+from hdl.o1.visual import VisualTower
+from hdl.sample.generate import Pack, Request, Shown, denoise, initial_generator, initial_noise, is_guided
 from hdl.sample.grid import as_tensor
+from hdl.sample.references import edit_request, read_reference
 from hdl.sample.schedulers import Flash, FlowMatchEuler, Scheduler, UniPC
 
 X_PRED_BOUND = 1e-5  # relative, of norms
@@ -84,10 +86,13 @@ def open_golden(folder: Path) -> tuple[Golden, list[dict[str, Any]]]:
 
 
 def check_case(golden: Golden, case: dict[str, Any]) -> list[Check]:
-    """All comparisons of a case; an empty list for a kind that is not covered."""
-    check = {"t2i": _check_t2i, "train": _check_train, "sample": _check_sample}.get(case["kind"])
+    """All comparisons of a case."""
+    kinds = {"t2i": _check_t2i, "train": _check_train, "sample": _check_sample, "edit": _check_edit}
+    check = kinds.get(case["kind"])
     if check is None:
-        return []
+        raise HdlError(
+            f"{golden.folder / case['file']}: unknown kind {case['kind']!r}; expected {', '.join(kinds)}"
+        )
     try:
         return check(golden, case, load_file(golden.folder / case["file"]))
     except KeyError as error:
@@ -147,28 +152,69 @@ def _check_train(golden: Golden, case: dict[str, Any], stored: dict[str, Tensor]
 def _check_sample(golden: Golden, case: dict[str, Any], stored: dict[str, Tensor]) -> list[Check]:
     request = Request(golden.text(case["prompt"]), case["height"], case["width"], case["seed"])
     z = initial_noise(request, initial_generator(request), case["noise_scale"])
+    tokens = _check_tokens(golden, case, stored)
+    drawn = [*tokens, Check(case["file"], "z_init", _relative(z, stored["z_init"]), X_PRED_BOUND)]
+    for once in (True, False):  # the text read once, and in every step
+        drawn += _check_drawing(golden, case, stored, request, z, once)
+    return drawn
+
+
+def _check_edit(golden: Golden, case: dict[str, Any], stored: dict[str, Tensor]) -> list[Check]:
+    files = [golden.folder / name for name in case["refs"]]
+    tower = VisualTower(golden.encoder.checkpoint, "cpu", torch.float32)
+    images = [read_reference(file) for file in files]
+    request = edit_request(
+        tower, golden.encoder, case["prompt"], images, case["height"], case["width"], case["seed"]
+    )
+    shown = request.shown
+    assert shown is not None
+    layout = lay_out([_segment(case, len(request.text), shown)])
+    ids = golden.encoder.ids(case["prompt"], [(seen.rows, seen.cols) for seen in shown.seen])
+    z = initial_noise(request, initial_generator(request), case["noise_scale"])
+    exact = {
+        "input_ids": torch.tensor(ids),
+        "position_ids": layout.positions,
+        "token_types": layout.token_types(),
+    }
+    checks = [
+        Check(case["file"], name, _unequal(value, stored[name]), EXACT) for name, value in exact.items()
+    ]
+    first_z = torch.cat([z, shown.patches])
+    checks.append(Check(case["file"], "z_init", _relative(first_z, stored["z_init"]), X_PRED_BOUND))
+    for once in (True, False):
+        checks += _check_drawing(golden, case, stored, request, z, once)
+    return checks
+
+
+def _check_drawing(
+    golden: Golden, case: dict[str, Any], stored: dict[str, Tensor], request: Request, z: Tensor, once: bool
+) -> list[Check]:
+    scheduler, guidance = _scheduler(case), float(case["guidance_scale"])
+    empty = golden.text(UNCONDITIONAL_PROMPT)
+    pack = Pack.of(golden.model, [request], empty, is_guided(guidance), "cpu", read_once=once)
     calls: list[tuple[float, Tensor]] = []
 
-    def watched(text: Tensor, z: Tensor, t: Tensor, layout: Any) -> Tensor:
-        x_pred = golden.model(text, z, t, layout)
-        calls.append((float(t[0]), x_pred[: layout.segments[0].patches]))
+    def watched(z: Tensor, t: Tensor) -> Tensor:
+        x_pred = pack.predict(z, t)
+        calls.append((float(t[0]), x_pred[: request.patches]))
         return x_pred
 
-    scheduler, guidance = _scheduler(case), float(case["guidance_scale"])
+    noise = stored.get("step_noise")
     final = denoise(
-        watched, [request], golden.text(UNCONDITIONAL_PROMPT), z, scheduler, guidance,
-        lambda i: clip_noise(stored["step_noise"][i], case.get("noise_clip_std")),
+        replace(pack, predict=watched), z, scheduler, guidance,
+        lambda i: z if noise is None else clip_noise(noise[i], case.get("noise_clip_std")),
     )  # fmt: skip
     # With guidance the golden model was called twice a step; here both halves go through in one call.
     per_step = len(stored["timesteps"]) // len(scheduler.timesteps)
     times = torch.tensor([t for t, _ in calls]).repeat_interleave(per_step)
     picture = unpatchify(to_pixels(final), case["height"] // PATCH, case["width"] // PATCH)
+    how = "text read once" if once else "text in every step"
     return [
-        *_check_tokens(golden, case, stored),
-        Check(case["file"], "z_init", _relative(z, stored["z_init"]), X_PRED_BOUND),
-        Check(case["file"], "timesteps", _relative(times, stored["timesteps"]), X_PRED_BOUND),
-        Check(case["file"], "x_pred_first", _relative(calls[0][1], stored["x_pred_first"]), X_PRED_BOUND),
-        Check(case["file"], "picture (of 255)", _furthest(picture, stored["image"]), PIXEL_BOUND),
+        Check(case["file"], f"timesteps, {how}", _relative(times, stored["timesteps"]), X_PRED_BOUND),
+        Check(
+            case["file"], f"x_pred_first, {how}", _relative(calls[0][1], stored["x_pred_first"]), X_PRED_BOUND
+        ),
+        Check(case["file"], f"picture (of 255), {how}", _furthest(picture, stored["image"]), PIXEL_BOUND),
     ]
 
 
@@ -178,7 +224,8 @@ def _scheduler(case: dict[str, Any]) -> Scheduler:
     if case["scheduler"] == "flash":
         return Flash(case["noise_scale"])
     if case["scheduler"] == "flow_match_euler":
-        return FlowMatchEuler()
+        even = torch.linspace(1000, 1, case["steps"]).int().tolist()  # where a case lists none
+        return FlowMatchEuler(case.get("timesteps", even))
     raise HdlError(f"{case['file']}: unknown scheduler {case['scheduler']!r}")
 
 
@@ -188,8 +235,9 @@ def _forward(golden: Golden, case: dict[str, Any], z: Tensor) -> Tensor:
     return golden.model(text, z, torch.tensor([1.0 - case["sigma"]]), layout)
 
 
-def _segment(case: dict[str, Any], text: int) -> Segment:
-    return Segment(text, case["height"] // PATCH, case["width"] // PATCH)
+def _segment(case: dict[str, Any], text: int, shown: Shown | None = None) -> Segment:
+    grids, seen = (shown.grids, shown.seen) if shown else ((), ())
+    return Segment(text, case["height"] // PATCH, case["width"] // PATCH, grids, seen)
 
 
 def _relative(computed: Tensor, expected: Tensor) -> float:

@@ -32,19 +32,21 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
 
 
 def attend_group(q: Tensor, k: Tensor, v: Tensor, text: int) -> Tensor:
-    """[b, L + N, heads, d] of samples of one shape with L = `text` -> the same shape."""
+    """[b, tokens, heads, d] of samples of one shape with L = `text` -> the same shape."""
     n_ar = text - 1
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [b, heads, L + N, d]
-    ar = _sdpa(q[:, :, :n_ar], k[:, :, :n_ar], v[:, :, :n_ar], causal=True)
-    gen = _sdpa(q[:, :, n_ar:], k, v, causal=False)
-    return torch.cat([ar, gen], dim=2).transpose(1, 2)
+    ar = attend(q[:, :n_ar], k[:, :n_ar], v[:, :n_ar], causal=True)
+    gen = attend(q[:, n_ar:], k, v, causal=False)
+    return torch.cat([ar, gen], dim=1)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """q [b, n, heads, d] to k and v [b, m, kv_heads, d] -> [b, n, heads, d]."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [b, heads, n, d]
     if not q.is_cuda:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True).transpose(1, 2)
     if q.dtype == torch.float32:  # the memory-efficient kernel has no grouped queries
         repeats = q.shape[1] // k.shape[1]
         k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
+    grouped = q.shape[1] != k.shape[1]
     with sdpa_kernel(GPU_BACKENDS, set_priority=True):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped).transpose(1, 2)

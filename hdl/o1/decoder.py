@@ -8,11 +8,13 @@ published checkpoint, so that weights load by name and PEFT's target names and a
 What is not here on purpose: the token table (text arrives as embeddings), the language model's head
 and the visual tower. Recomputation, sharding and quantization are applied to this file from outside.
 
-Shapes: S tokens in the packed run, T of them text, P patches, B samples, D = hidden_size.
+Shapes: S tokens in the packed run, T of them text, P patches, R reference patches, V tokens of the text that the
+visual tower made, B samples, D = hidden_size.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -86,10 +88,13 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)  # over each head
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, turn: Rotary, layout: Layout) -> Tensor:
+    def project(self, x: Tensor, turn: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        """x [S, D] -> q [S, heads, head_dim], k and v [S, kv_heads, head_dim]."""
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q = rotate(self.q_norm(q), turn)
-        k = rotate(self.k_norm(k), turn)
+        return rotate(self.q_norm(q), turn), rotate(self.k_norm(k), turn), v
+
+    def forward(self, x: Tensor, turn: Rotary, layout: Layout) -> Tensor:
+        q, k, v = self.project(x, turn)
         return self.o_proj(packed_attention(q, k, v, layout).flatten(-2))
 
 
@@ -124,10 +129,13 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout, deepstack: Sequence[Tensor] = ()) -> Tensor:
+        """deepstack: what is added to the tokens that the visual tower made after each of the first layers."""
         turn = rotary(layout.positions, self.config, x.dtype)
-        for layer in self.layers:
+        for i, layer in enumerate(self.layers):
             x = layer(x, turn, layout)
+            if i < len(deepstack):
+                x = x.index_add(0, layout.seen_index, deepstack[i].to(x.dtype))
         return self.norm(x)
 
 
@@ -172,6 +180,15 @@ class Head(nn.Module):
         return self.linear(x)
 
 
+@dataclass(frozen=True)
+class References:
+    """A run's reference images. patches [R, 3072]: clean, in [-1, 1]; deepstack: the visual tower's features
+    [V, D] for each of the first decoder layers. (Its last features stand among the text embeddings.)"""
+
+    patches: Tensor
+    deepstack: Sequence[Tensor]
+
+
 class O1Model(nn.Module):
     def __init__(self, config: O1Config) -> None:
         super().__init__()
@@ -196,6 +213,7 @@ class O1(nn.Module):
         t: Tensor,
         layout: Layout,
         measure: Callable[[Tensor, Head], Tensor] | None = None,
+        references: References | None = None,
     ) -> Tensor:
         """Predict the clean patches of a packed run.
 
@@ -206,6 +224,10 @@ class O1(nn.Module):
         """
         m = self.model
         time = m.t_embedder1(t)
-        x = torch.cat([text.to(time.dtype), time, m.x_embedder(z.to(time.dtype))])[layout.order]
-        hidden = m.language_model(x, layout).index_select(0, layout.patch_index)
+        patches = z.to(time.dtype)
+        if references is not None:
+            patches = torch.cat([patches, references.patches.to(time.dtype)])
+        x = torch.cat([text.to(time.dtype), time, m.x_embedder(patches)])[layout.order]
+        x = m.language_model(x, layout, references.deepstack) if references else m.language_model(x, layout)
+        hidden = x.index_select(0, layout.patch_index)
         return m.final_layer2(hidden) if measure is None else measure(hidden, m.final_layer2)

@@ -4,6 +4,7 @@ A scheduler is told the velocity v = (x_pred - z) / sigma at each of its `timest
 and moves z to the next noise level. z may be any packed [P, 3072]: nothing here mixes patches.
 """
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -70,12 +71,12 @@ class Flash:
 
 
 class FlowMatchEuler:
-    """Plain Euler on dev's timesteps: dz/dsigma = -v."""
+    """Plain Euler: dz/dsigma = -v. timesteps: dev's, unless others are given."""
 
     stochastic = False
 
-    def __init__(self) -> None:
-        self.timesteps = list(DEV_TIMESTEPS)
+    def __init__(self, timesteps: Sequence[int] = DEV_TIMESTEPS) -> None:
+        self.timesteps = list(timesteps)
 
     def step(self, i: int, v: Tensor, z: Tensor, noise: Tensor | None) -> Tensor:
         return z + (_sigma_at(self.timesteps, i) - _sigma_at(self.timesteps, i + 1)) * v
