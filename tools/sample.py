@@ -1,6 +1,7 @@
 """Draw pictures: python tools/sample.py OUT --base CHECKPOINT --prompt "a cat" [--lora ADAPTER]
 
-Writes OUT/000-seed0.png, … and OUT/prompts.txt. With a prompts file, one prompt a line.
+Prompts x seeds down, adapters x strengths across: OUT/grid.png shows them all, OUT/000-seed0.png, … are the single
+pictures, each with what it was drawn from in its metadata.
 """
 
 import argparse
@@ -8,42 +9,48 @@ from pathlib import Path
 
 import torch
 
+from hdl.adapter.stack import parse_weighted, short_names
 from hdl.errors import HdlError, command_line
-from hdl.sample.draw import draw_prompts
+from hdl.sample.album import Album, columns_of
+from hdl.sample.draw import Studio
 from hdl.sample.generate import SamplerSettings
+from hdl.sample.sizes import parse_size
 
 
 def main() -> None:
     args = arguments()
-    prompts = list(args.prompt)
-    if args.prompts_file:
-        try:
-            prompts += [
-                line for line in args.prompts_file.read_text(encoding="utf-8").splitlines() if line.strip()
-            ]
-        except (OSError, UnicodeDecodeError) as error:
-            raise HdlError(f"--prompts-file {args.prompts_file}: not readable ({error})") from None
-    drawings = draw_prompts(
-        args.base,
-        prompts,
-        SamplerSettings(args.variant, args.steps, args.guidance_scale, args.shift),
-        adapter=args.lora,
-        config_from=args.config_from,
-        height=args.height,
-        width=args.width,
-        seeds=range(args.seed, args.seed + len(prompts)),
-        together=args.together,
-        device="cuda" if torch.cuda.is_available() else "cpu",
-    )
-    args.out.mkdir(parents=True, exist_ok=True)
-    for i, drawing in enumerate(drawings):
-        drawing.image.save(args.out / f"{i:03d}-seed{drawing.seed}.png")
-    (args.out / "prompts.txt").write_text("".join(f"{d.prompt}\n" for d in drawings), encoding="utf-8")
-    print(f"{len(drawings)} pictures in {args.out}")
+    prompts = [*args.prompt, *(read_prompts(args.prompts_file) if args.prompts_file else [])]
+    loras = [parse_weighted(text) for text in args.lora]
+    named = dict(zip(short_names(lora.path for lora in loras), loras))
+    width, height = parse_size(args.size)
+    album = Album(
+        args.out, prompts, range(args.seed, args.seed + args.seeds), columns_of(named, args.strengths, args.compare),
+        width=width, height=height, references=args.reference,
+    )  # fmt: skip
+    settings = SamplerSettings(args.variant, args.steps, args.guidance_scale, args.shift)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    paths = {name: lora.path for name, lora in named.items()}
+    studio = Studio(args.base, device, config_from=args.config_from, adapters=paths)
+    for notice in studio.notices:
+        print(f"note: {notice}")
+    drawings = studio.draw(album.wanted, settings, args.together)
+    about = {
+        "base": studio.checkpoint.fingerprint(),
+        "loras": {name: str(path) for name, path in paths.items()},
+    }
+    album.save(drawings, settings, about)
+    print(f"{len(drawings)} pictures and grid.png in {args.out}")
+
+
+def read_prompts(file: Path) -> list[str]:
+    try:
+        return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise HdlError(f"--prompts-file {file}: not readable ({error})") from None
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Draw pictures with an O1 and a LoRA.")
+    parser = argparse.ArgumentParser(description="Draw pictures with an O1 and LoRAs.")
     parser.add_argument("out", type=Path, help="folder for the pictures")
     parser.add_argument(
         "--base", type=Path, required=True, help="checkpoint folder or single .safetensors file"
@@ -51,16 +58,33 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--config-from", type=Path, help="folder with config.json and tokenizer, for a single file"
     )
-    parser.add_argument("--lora", type=Path, help="folder of a PEFT adapter")
+    parser.add_argument(
+        "--lora", action="append", default=[], metavar="PATH[:WEIGHT]",
+        help="PEFT folder or .safetensors file; several are on together",
+    )  # fmt: skip
+    parser.add_argument(
+        "--strengths", type=float, nargs="+", default=[1.0], metavar="X",
+        help="a column each: what the LoRAs' weights are multiplied by",
+    )  # fmt: skip
+    parser.add_argument(
+        "--compare", action="store_true", help="also draw without LoRAs and, of several, with each alone"
+    )
     parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
     parser.add_argument("--prompts-file", type=Path, help="a prompt a line")
+    parser.add_argument(
+        "--reference", type=Path, action="append", default=[], metavar="IMAGE",
+        help="draw from this image; several, in the order in which the prompt speaks of them",
+    )  # fmt: skip
     parser.add_argument("--variant", choices=("full", "dev"), default="full")
-    parser.add_argument("--height", type=int, default=2048, help="pixels, a multiple of 32")
-    parser.add_argument("--width", type=int, default=2048)
+    parser.add_argument(
+        "--size", default="2048x2048", metavar="WxH",
+        help="pixels, multiples of 32; or a ratio such as 16:9, for the nearest native size",
+    )  # fmt: skip
     parser.add_argument("--steps", type=int, default=50, help="of the full variant; dev takes its own 28")
     parser.add_argument("--guidance-scale", type=float, default=5.0)
     parser.add_argument("--shift", type=float, default=3.0)
-    parser.add_argument("--seed", type=int, default=0, help="picture i is drawn with seed + i")
+    parser.add_argument("--seed", type=int, default=0, help="of each prompt's first picture")
+    parser.add_argument("--seeds", type=int, default=1, help="pictures a prompt, seed after seed")
     parser.add_argument("--together", type=int, default=1, help="pictures drawn in one packed run")
     return parser.parse_args()
 

@@ -16,7 +16,7 @@ from hdl.o1.decoder import References
 from hdl.o1.layout import Grid, Seen, Segment, lay_out
 from hdl.o1.patches import PATCH, PATCH_DIM, patchify, to_pixels, unpatchify
 from hdl.sample.reading import Predict, predictor
-from hdl.sample.schedulers import Flash, FlowMatchEuler, Scheduler, UniPC
+from hdl.sample.schedulers import DEV_TIMESTEPS, Flash, FlowMatchEuler, Scheduler, UniPC
 
 EDIT_NOISE_SCALE = 8.0  # dev's, where it edits
 
@@ -139,6 +139,10 @@ def _sampler(settings: SamplerSettings, editing: bool) -> tuple[Scheduler, float
     if editing:
         return FlowMatchEuler(), EDIT_NOISE_SCALE, None
     return Flash(variant.noise_scale), variant.noise_scale, variant.clip
+
+
+def steps_of(settings: SamplerSettings) -> int:
+    return settings.steps if settings.variant == "full" else len(DEV_TIMESTEPS)
 
 
 def is_guided(guidance_scale: float) -> bool:

@@ -8,13 +8,14 @@ modules, adapters included, in another order.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
 from hdl.o1.attention import attend
-from hdl.o1.decoder import O1, Decoder, References, rotary
+from hdl.o1.decoder import O1, Decoder, DecoderLayer, References, rotary
 from hdl.o1.layout import AR, Layout
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # z [P, 3072] and t [B] -> x_pred [P, 3072]
@@ -66,7 +67,7 @@ class _TextRead:
     def __init__(self, o1: O1, text: Tensor, layout: Layout, references: References | None) -> None:
         self.model, self.references = o1.model, references
         decoder: Decoder = o1.model.language_model
-        self.decoder = decoder
+        self.norm, self.layers = decoder.norm, cast(list[DecoderLayer], list(decoder.layers))
         is_ar = layout.token_types() == AR
         texts = [group.index[:, : group.text - 1] for group in layout.groups]
         others = [group.index[:, group.text - 1 :] for group in layout.groups]
@@ -83,10 +84,10 @@ class _TextRead:
         x = text.to(dtype)[layout.order[ar.index]]
         seen_index = (is_ar.cumsum(0) - 1)[layout.seen_index]
         deepstack = references.deepstack if references else ()
-        for i, layer in enumerate(decoder.layers):
+        for i, layer in enumerate(self.layers):
             q, k, v = layer.self_attn.project(layer.input_layernorm(x), turn)
             self.kept.append([(k[group], v[group]) for group in ar.groups])
-            if i == len(decoder.layers) - 1:
+            if i == len(self.layers) - 1:
                 break  # what the last layer makes of text nobody reads
             attended = torch.empty_like(q)
             for group, (keys, values) in zip(ar.groups, self.kept[-1]):
@@ -104,7 +105,7 @@ class _TextRead:
         if self.references is not None:
             patches = torch.cat([patches, self.references.patches.to(time.dtype)])
         x = torch.cat([time, m.x_embedder(patches)])[self.order]
-        for layer, kept in zip(self.decoder.layers, self.kept):
+        for layer, kept in zip(self.layers, self.kept):
             q, k, v = layer.self_attn.project(layer.input_layernorm(x), self.turn)
             attended = torch.empty_like(q)
             for group, (keys, values) in zip(self.gen.groups, kept):
@@ -112,4 +113,4 @@ class _TextRead:
                 attended[group] = attend(q[group], keys, values, causal=False)
             x = x + layer.self_attn.o_proj(attended.flatten(-2))
             x = x + layer.mlp(layer.post_attention_layernorm(x))
-        return m.final_layer2(self.decoder.norm(x)[self.patch_index])
+        return m.final_layer2(self.norm(x)[self.patch_index])

@@ -37,7 +37,7 @@ def test_the_quick_starts_steps(tmp_path: Path) -> None:
     prompt = "kotonia style, a big red house on the left"
     run(
         "tools/sample.py", str(tmp_path / "drawn"), "--base", base, "--lora", f"{out}/adapter",
-        "--prompt", prompt, "--prompt", "a boat", "--height", "128", "--width", "96", "--steps", "5", "--seed", "7",
+        "--prompt", prompt, "--prompt", "a boat", "--size", "96x128", "--steps", "5", "--seed", "7",
     )  # fmt: skip
-    assert Image.open(tmp_path / "drawn" / "001-seed8.png").size == (96, 128)
-    assert (tmp_path / "drawn" / "prompts.txt").read_text() == f"{prompt}\na boat\n"
+    drawn = Image.open(tmp_path / "drawn" / "000-seed7.png")
+    assert drawn.size == (96, 128) and drawn.info["prompt"] == prompt
