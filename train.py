@@ -7,7 +7,7 @@ from hdl.config import load_run
 from hdl.errors import HdlError, command_line
 
 
-def main() -> None:
+def main() -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls
     try:
         run = load_run(sys.argv[1:])
@@ -18,7 +18,7 @@ def main() -> None:
     with process_group() as processes:
         from hdl.engine.loop import train  # after process_group: it tells DeepSpeed which accelerator to use
 
-        train(run, processes)
+        return train(run, processes)
 
 
 if __name__ == "__main__":

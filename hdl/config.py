@@ -14,10 +14,10 @@ import difflib
 import tomllib
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Annotated, Any, ClassVar, Literal, NoReturn
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, CliSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from hdl.errors import HdlError
@@ -53,21 +53,104 @@ class Model(Section):
     stream: int = Field(0, ge=0)
     """Decoder layers whose frozen weights stay in host memory, once a machine, and come to the GPU when needed;
     two of them are always there, so that n streamed layers save the memory of n - 2. Any form of weights."""
+    cache: Path | None = None
+    """Folder where the decoder's e4m3 or nf4 weights are kept as they were made from the base, once for every base
+    and form: the first start writes them, the next ones read them instead of the base's."""
     keep: Keep | list[Keep] = "everything"
     """What backward finds ready, for all layers or one word a layer; the rest is recomputed. products:
     outputs of large products and of attention; attention: of attention; input: each layer's input."""
+    offload: int = Field(0, ge=0)
+    """Decoder layers of which `keep` waits in host memory for backward, copied while others compute, on a GPU; two of
+    them stay, so that n offloaded layers save the memory of n - 2: at least 3, or 0."""
     memory: Literal["set", "auto"] = "set"
-    """On a GPU. set: weights, keep and the optimizer are as set here; auto: as the fastest plan has them that fits
-    the GPU (tools/plan.py)."""
+    """On a GPU. set: weights, stream, keep, offload and the optimizer are as set here; auto: as the fastest plan has
+    them that fits the GPU and the host (tools/plan.py)."""
     card: float | None = Field(None, gt=1)
     """GiB of the card to plan for and stay within, less 1 GiB for others; unset: all of the GPU's."""
 
+    @model_validator(mode="after")
+    def _does_something(self) -> "Model":
+        if 0 < self.offload < 3:
+            raise ValueError(f"offload {self.offload}: two layers always stay; offload 0 or at least 3")
+        if self.cache and self.random_init:
+            raise ValueError(
+                "cache keeps what was made from a base's weights, and random_init draws its own each time; leave "
+                "one of them out"
+            )
+        if self.cache and self.weights == "full" and self.memory == "set":
+            raise ValueError(
+                "cache is of no use with weights full, which are read as they are; leave it out, or use weights "
+                "fp8, fp8_once or nf4"
+            )
+        return self
+
+
+def _multiplier(value: Any) -> Any:
+    return value.removesuffix("x") if isinstance(value, str) else value
+
+
+Multiplier = Annotated[float, BeforeValidator(_multiplier), Field(ge=0, allow_inf_nan=False)]  # 0.3 or "2x"
+
+
+class Source(Section):
+    shards: str
+    """What tools/prepare.py wrote with this base: a folder, a URL, or "pipe:COMMAND with {file}"."""
+    repeats: float = Field(1.0, ge=0, allow_inf_nan=False)
+    """Draws of each sample in an epoch, before tags."""
+    weight: float | None = Field(None, ge=0, allow_inf_nan=False)
+    """Share of all draws, to the other sources' weights; of all sources or of none."""
+    regularization: bool = False
+    """Images of the general kind: their loss has the factor data.regularization_weight, none is held out."""
+    tags: dict[str, Multiplier] = {}
+    """Multipliers by tag or style within this source, beside data.tags."""
+
 
 class Data(Section):
-    shards: Path
-    """Folder written by tools/prepare.py with this base."""
+    required: ClassVar = "data.shards (or several data.sources.NAME.shards)"
+
+    shards: str | None = None
+    """What tools/prepare.py wrote with this base: a folder, a URL, or "pipe:COMMAND with {file}"."""
+    sources: dict[str, Source] = {}
+    """Several, by name; exactly how they are mixed: hdl/data/mixture.py."""
+    tags: dict[str, Multiplier] = {}
+    """Multipliers by tag or style: nsfw = 0.3, anime = "2x"; 0 leaves its samples out."""
+    regularization_weight: float = Field(1.0, ge=0, allow_inf_nan=False)
+    """Factor of the loss of regularization sources' samples."""
+    held_out: float = Field(0.0, ge=0, lt=1)
+    """Share of images kept for validation.held_out_samples, chosen by the hash of the image."""
+    cache: Path | None = None
+    """Folder for shards fetched from elsewhere, on a disk of this machine; unset: in the user's cache folder."""
+    cache_gib: float = Field(20.0, gt=0, allow_inf_nan=False)
+    """What it may hold."""
+    storage: dict[str, Any] = {}
+    """Options for fsspec's file system, where shards are at a URL."""
+    window: int | None = Field(None, ge=1)
+    """Shards that are mixed at a time, for shards that are fetched from elsewhere; unset: all."""
+    lanes: int = Field(1, ge=1)
+    """Parts of an epoch that are read side by side, so that a node needs its own part's shards only: the number
+    of nodes, where shards are fetched from elsewhere."""
+    max_lost: float = Field(0.02, ge=0, le=1)
+    """Share of samples whose shards may be lost before the run stops; others of their size take their places."""
+    mirror: bool = False
+    """Mirror half of the samples that were prepared as having no right way round."""
     caption_dropout: float = Field(0.1, ge=0, le=1)
     """Share of samples trained with the empty prompt."""
+
+    @model_validator(mode="after")
+    def _one_form(self) -> "Data":
+        if (self.shards is None) == (not self.sources):
+            both = "both are given" if self.sources else "none is given"
+            raise ValueError(f"expected either shards or sources.NAME.shards, {both}")
+        unweighted = [name for name, source in self.sources.items() if source.weight is None]
+        if 0 < len(unweighted) < len(self.sources):
+            raise ValueError(
+                f"sources.{unweighted[0]} has no weight, others have; give all sources a weight, or none"
+            )
+        return self
+
+    def all_sources(self) -> dict[str, Source]:
+        """The sources in either form."""
+        return self.sources if self.shards is None else {"data": Source(shards=self.shards)}
 
 
 class Lora(Section):
@@ -94,9 +177,14 @@ class Flow(Section):
 class Train(Section):
     steps: int = Field(1000, ge=1)
     batch_size: int = Field(4, ge=1)
-    """Samples an optimizer step, over all ranks."""
+    """Samples an optimizer step, over all ranks; batch_packs takes its place where that is set."""
     micro_batch_size: int | None = Field(None, ge=1)
     """Samples a rank packs into one forward; unset: its whole share of the batch, no accumulation."""
+    micro_batch_tokens: int | None = Field(None, ge=1)
+    """In place of micro_batch_size: tokens of text and patches that a forward takes at most, of as many samples
+    as fit (hdl/data/packing.py)."""
+    batch_packs: int | None = Field(None, ge=1)
+    """Such forwards an optimizer step, over all ranks, in place of batch_size; with micro_batch_tokens."""
     lr: float = Field(1e-4, gt=0)
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: int = Field(50, ge=0)
@@ -111,12 +199,26 @@ class Train(Section):
     weight_decay: float = Field(0.01, ge=0)
     grad_clip: float = Field(1.0, ge=0)
     """Largest norm of the gradient; 0: no clipping."""
+    max_skipped: int = Field(3, ge=0)
+    """Steps that a run may skip, in all, because their loss or gradient is not finite or their loss a spike; one
+    more ends it. Weights and moments stay as they were; the samples are in skipped.jsonl."""
+    spike: float = Field(0.0, ge=0)
+    """A loss above this many times the median of the last 50 is a spike; 0: none is."""
+    patience: float = Field(30.0, ge=2)
+    """Seconds that a rank may be silent, or keep the others waiting at a step, before the job ends naming it."""
     seed: int = Field(0, ge=0)
     deepspeed: Path = Path("ds_configs/zero2.json")
     """DeepSpeed JSON: the sharding strategy."""
 
     @model_validator(mode="after")
     def _fits(self) -> "Train":
+        if (self.micro_batch_tokens is None) != (self.batch_packs is None):
+            given, lacking = ("micro_batch_tokens", "batch_packs")[:: 1 if self.batch_packs is None else -1]
+            raise ValueError(f"{given} needs {lacking} beside it: tokens of a forward, and forwards a step")
+        if self.micro_batch_size and self.micro_batch_tokens:
+            raise ValueError(
+                "micro_batch_size counts samples and micro_batch_tokens tokens; give one of them"
+            )
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}"
@@ -128,6 +230,10 @@ class Train(Section):
                 f"master bfloat16 needs optimizer adamw: {self.optimizer} rounds to nearest, which loses small "
                 "steps; use master float32 with it"
             )
+        if 0 < self.spike <= 1:
+            raise ValueError(
+                f"spike {self.spike:g} would skip usual steps; it must be above 1, or 0 for none"
+            )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas {self.betas} must lie in [0, 1)")
         return self
@@ -138,6 +244,18 @@ class Save(Section):
     """Folder of this run; must be new or empty, unless resume is given."""
     every: int = Field(500, ge=1)
     """Steps between checkpoints; the last step is always saved."""
+    keep_last: int | None = Field(None, ge=1)
+    """Checkpoints to keep: so many of the newest; unset: all."""
+    keep_every: int | None = Field(None, ge=1)
+    """Beside keep_last, checkpoints at multiples of so many steps stay."""
+
+    @model_validator(mode="after")
+    def _keeps(self) -> "Save":
+        if self.keep_every and not self.keep_last:
+            raise ValueError(
+                f"keep_every {self.keep_every} needs keep_last: without it, all checkpoints stay"
+            )
+        return self
 
 
 class Validation(Section):
@@ -153,6 +271,9 @@ class Validation(Section):
     shift: float = Field(3.0, gt=0)
     seed: int = Field(0, ge=0)
     """Picture i is drawn with seed + i."""
+    held_out_samples: int = Field(32, ge=1)
+    """Measurements of the x0 error on data.held_out at these steps, each at a noise level of its own; samples
+    come again where fewer are held out."""
 
 
 class Run(BaseSettings):
@@ -168,8 +289,9 @@ class Run(BaseSettings):
     train: Train = Train()
     save: Save
     validation: Validation = Validation()
-    resume: bool = False
-    """Continue the newest checkpoint in save.output."""
+    resume: Literal["no", "must", "auto"] = "no"
+    """Continue the newest checkpoint in save.output that is whole. must (or --resume alone): there has to be one;
+    auto: or start, when there is none yet."""
 
 
 def load_run(arguments: list[str]) -> Run:
@@ -178,7 +300,7 @@ def load_run(arguments: list[str]) -> Run:
     HdlError for anything that is not a valid run.
     """
     files = [Path(name) for name in takewhile(lambda argument: not argument.startswith("-"), arguments)]
-    flags = arguments[len(files) :]
+    flags = _resume_alone(arguments[len(files) :])
     described: dict[str, Any] = {}
     for file in files:
         for name, fields in _read_toml(file).items():
@@ -210,6 +332,15 @@ def load_run(arguments: list[str]) -> Run:
     except ValidationError as error:
         where = f"{', '.join(map(str, files))}: " if files else ""
         raise HdlError(where + "; ".join(_explain(e) for e in error.errors())) from None
+
+
+def _resume_alone(flags: list[str]) -> list[str]:
+    """`--resume` without a value says `must`."""
+    following = [*flags[1:], "--"]
+    return [
+        "--resume=must" if flag == "--resume" and after.startswith("-") else flag
+        for flag, after in zip(flags, following)
+    ]
 
 
 def save_run(run: Run, path: Path) -> None:
@@ -252,7 +383,8 @@ def _explain(error: Any) -> str:
             getattr(Run.model_fields[name].annotation, "model_fields", {}) if name in Run.model_fields else {}
         )
         required = [f"{name}.{field}" for field, info in inner.items() if info.is_required()]
-        return f"{', '.join(required) or name} is required"
+        section = Run.model_fields[name].annotation if name in Run.model_fields else None
+        return f"{', '.join(required) or getattr(section, 'required', name)} is required"
     message = error["msg"].removeprefix("Value error, ")
     found = error["input"]
     shown = "" if isinstance(found, (dict, BaseModel)) else f" (found {found!r})"

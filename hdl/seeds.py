@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 
@@ -21,6 +22,15 @@ def derive_seed(*parts: int | str) -> int:
 def generator_for(*parts: int | str, device: torch.device | str = "cpu") -> torch.Generator:
     """A fresh generator on `device`, seeded with `derive_seed(*parts)`."""
     return torch.Generator(device).manual_seed(derive_seed(*parts))
+
+
+def uniform_at(numbers: np.ndarray, *parts: int | str) -> np.ndarray:
+    """float64 in [0, 1) for each of the integers `numbers`, millions at once: splitmix64's output function of the
+    number and `derive_seed(*parts)`."""
+    x = numbers.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(derive_seed(*parts))
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
 
 
 @contextmanager

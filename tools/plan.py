@@ -3,8 +3,9 @@
     python tools/plan.py --card 24 --size 2048x2048
     python tools/plan.py --card 16 --size 1024x1024 --images 4 --rank 16 --write launch/presets/my16gb.toml
 
-For every form of the frozen weights: how few layers have to be streamed from host memory, the fastest levels of
-recomputation that fit, where the bytes go, and the step time on a GPU whose rates were measured. 1 GiB of the card is left to others (the desktop, CUDA itself).
+For every form of the frozen weights: how many layers' weights are streamed from host memory and how many layers'
+activations wait there, the fastest levels of recomputation that fit, where the bytes go, and the step time on a GPU
+whose rates were measured. 1 GiB of the card is left to others (the desktop, CUDA itself).
 """
 
 import argparse
@@ -13,7 +14,7 @@ from pathlib import Path
 import tomli_w
 
 from hdl.errors import HdlError, command_line
-from hdl.memory.plan import GIB, GPUS, OPTIMIZERS, Choice, Work, as_preset, choices, mix
+from hdl.memory.plan import GIB, GPUS, OPTIMIZERS, Choice, Host, Work, as_preset, choices, mix
 from hdl.o1.config import read_config
 from hdl.o1.patches import PATCH
 
@@ -33,15 +34,19 @@ def main() -> None:
         args.gpus,
         (args.card - RESERVED) * GIB,
         GPUS[args.gpu],
+        Host(args.host * GIB, args.gpus),
     )
     print(
         f"{args.images} x {width}x{height} px and {args.text} text tokens a GPU, LoRA rank {args.rank}, {args.optimizer}, "
         f"{args.gpus} GPU(s) with {args.card:g} GiB; times as on an {args.gpu.upper()}\n"
     )
-    print("| weights | streamed | keep | weights | adapter | activations | workspace | peak GiB | ms |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print(
+        "| weights | streamed | offloaded | keep | weights | adapter | activations | workspace | peak GiB | "
+        "on the host | ms |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
     for choice in found:
-        print(row(choice))
+        print(row(choice, args.gpus))
     best = found[0].strategy
     if best is None:
         least = min(found, key=lambda c: c.need.peak)
@@ -54,13 +59,17 @@ def main() -> None:
         print(f"\nwrote {args.write}: the fastest that fits")
 
 
-def row(choice: Choice) -> str:
+def row(choice: Choice, gpus: int) -> str:
     need = choice.need
     parts = (need.weights, need.adapter, need.activations, need.workspace, need.peak)
     keep = mix(choice.strategy.keep) if choice.strategy else "does not fit, all recomputed:"
     stream = choice.strategy.stream if choice.strategy else "all"
+    offload = choice.strategy.offload if choice.strategy else 0
     sizes = " | ".join(f"{part / GIB:.2f}" for part in parts)
-    return f"| {choice.weights} | {stream} | {keep} | {sizes} | {choice.ms:.0f} |"
+    return (
+        f"| {choice.weights} | {stream} | {offload} | {keep} | {sizes} | {need.on_host(gpus) / GIB:.1f} | "
+        f"{choice.ms:.0f} |"
+    )
 
 
 def describe(args: argparse.Namespace) -> str:
@@ -97,6 +106,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--base", type=Path, help="checkpoint folder whose config.json to take (default: the real shapes)"
     )
+    parser.add_argument(
+        "--host", type=float, default=float("inf"), metavar="GIB",
+        help="memory that the host has for streamed weights and offloaded activations (default: enough)",
+    )  # fmt: skip
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the fastest that fits as a preset")
     return parser.parse_args()
 

@@ -21,6 +21,10 @@ def main() -> None:
         trigger_tags=tuple(args.trigger_tags),
         style_descriptors=parse_descriptors(args.style_descriptor, "--style-descriptor"),
         tag_descriptors=parse_descriptors(args.tag_descriptor, "--tag-descriptor"),
+        orders=args.shuffle_sentences,
+    )
+    options = Options(
+        tuple(args.area), args.allow_upscaling, captions, args.crops, tuple(args.keep_direction)
     )
     summary = prepare(
         args.images,
@@ -28,10 +32,14 @@ def main() -> None:
         args.base,
         config_from=args.config_from,
         random_init=args.random_init,
-        options=Options(args.area, args.allow_upscaling, captions),
+        options=options,
         workers=args.workers,
     )
     print(describe(summary))
+    if args.report:
+        from hdl.survey.report import write_report_page
+
+        print(f"curation report: {write_report_page(summary, options.sizes.areas, args.workers)}")
 
 
 def arguments() -> argparse.Namespace:
@@ -40,8 +48,9 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "images",
-        help="folder of images in any depth, each with a .txt caption of the same name "
-        "beside it; optionally styles.json: file name -> style or {style, tags}",
+        help="folder of images in any depth, each with a .txt caption of the same name beside it (a.png: a.txt, "
+        "further captions a.1.txt, a.2.txt, …; for editing the source images a.ref.png or a.ref1.png, a.ref2.png, …); "
+        "optionally styles.json: file name -> style or {style, tags}",
     )
     parser.add_argument(
         "out", help="folder for the shards; run again with the same one to redo only what changed"
@@ -60,9 +69,33 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--area",
         type=int,
-        default=1024,
+        nargs="+",
+        default=[1024],
         metavar="PX",
-        help="images get at most the area of a square of this side; default 1024 (O1's own: 2048)",
+        help="images get at most the area of a square of this side; of several, a sample each; default 1024 "
+        "(O1's own: 2048)",
+    )
+    parser.add_argument(
+        "--crops",
+        type=int,
+        default=0,
+        metavar="N",
+        help="N further samples of each image: windows of 50 to 90%% of its sides (not of pairs for editing)",
+    )
+    parser.add_argument(
+        "--keep-direction",
+        nargs="*",
+        default=["text"],
+        metavar="TAG",
+        help="images with one of these tags are marked as not to be mirrored, as are those whose captions quote or "
+        "mention words, signs or logos, or left or right; default: text",
+    )
+    parser.add_argument(
+        "--shuffle-sentences",
+        type=int,
+        default=0,
+        metavar="N",
+        help="up to N further captions of each: its sentences in other orders",
     )
     parser.add_argument(
         "--allow-upscaling",
@@ -104,6 +137,11 @@ def arguments() -> argparse.Namespace:
         default=min(8, len(os.sched_getaffinity(0))),
         metavar="N",
         help="processes that decode images; 0 decodes in this one; default: one a core, 8 at most",
+    )
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help="also write OUT/report.html: duplicates, blur, sizes, buckets, tags, caption lengths, with thumbnails",
     )
     return parser.parse_args()
 

@@ -5,21 +5,22 @@ checkpoint, `adapter_model.safetensors` with `adapter_config.json` loads onto th
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from hdl.adapter.formats import CONFIG_FILE, WEIGHTS_FILE, config_text
+from hdl.adapter.metadata import sizes
+from hdl.adapter.tensor_files import write_tensors
 from hdl.config import Lora
 from hdl.errors import HdlError
 from hdl.o1.decoder import O1
 from hdl.seeds import derive_seed, seeded
-
-WEIGHTS_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
 
 
 def attach(model: O1, lora: Lora, base: str, seed: int) -> PeftModel:
@@ -51,14 +52,21 @@ def adapter_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if ".lora_" in name}
 
 
-def save_adapter(model: PeftModel, weights: dict[str, Tensor], folder: Path) -> None:
-    """Write a PEFT adapter from full `weights` named as in `adapter_parameters`."""
+def save_adapter(
+    model: PeftModel, weights: dict[str, Tensor], folder: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a PEFT adapter from full `weights` named as in `adapter_parameters`.
+
+    metadata: what else the file is to say of itself, from hdl.adapter.metadata.describe; rank and alpha are added.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     named = get_peft_model_state_dict(model, state_dict=weights, save_embedding_layers=False)
-    save_file({name: w.detach().cpu().contiguous() for name, w in named.items()}, folder / WEIGHTS_FILE)
     config = model.peft_config["default"]
+    assert isinstance(config, LoraConfig)
+    about = {**(metadata or {}), **sizes([config.r], [config.lora_alpha]), "format": "pt"}
+    write_tensors(folder / WEIGHTS_FILE, named, about)
     config.inference_mode, training = True, config.inference_mode
-    config.save_pretrained(str(folder))
+    (folder / CONFIG_FILE).write_text(config_text(config), encoding="utf-8")
     config.inference_mode = training
 
 

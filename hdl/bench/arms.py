@@ -78,22 +78,9 @@ class Arm:
 
     def step(self, number: int, batches: Sequence[Batch]) -> float:
         """Train on a step's batches, which lie in host memory; returns the loss."""
-        images = sum(len(batch.places) for batch in batches)
-        sigmas = draw_sigmas(
-            images, SEED, number,
-            distribution=FLOW.sigma, mean=FLOW.logit_mean, std=FLOW.logit_std, shift=FLOW.shift,
-        )  # fmt: skip
         if not self.train_step:
-            return self._stock_step(batches, sigmas)
-        measured = Measured.read(self.train_step.forward_backward(number, batches, sigmas))
-        if not math.isfinite(measured.loss):
-            raise HdlError(
-                f"arm {self.name}: the loss of step {number} is {measured.loss}: it computes nonsense"
-            )
-        with record_function("hdl::optimizer"):
-            norm = self.train_step.update()
-        norm.wait()
-        return measured.loss
+            return self._stock_step(batches, sigmas_of(number, batches))
+        return take_step(self.train_step, number, batches, f"arm {self.name}")
 
     def _stock_step(self, batches: Sequence[Batch], sigmas: Tensor) -> float:
         losses = []
@@ -118,6 +105,26 @@ class Arm:
         self.train_step = None
         del self.engine, self.model
         gc.collect()
+
+
+def take_step(train_step: TrainStep, number: int, batches: Sequence[Batch], name: str) -> float:
+    """As a run does it, waiting for the optimizer; returns the loss. HdlError when that is no number."""
+    measured = Measured.read(train_step.forward_backward(number, batches, sigmas_of(number, batches)))
+    if not math.isfinite(measured.loss):
+        raise HdlError(f"{name}: the loss of step {number} is {measured.loss}: it computes nonsense")
+    with record_function("hdl::optimizer"):
+        norm = train_step.update()
+    norm.wait()
+    return measured.loss
+
+
+def sigmas_of(number: int, batches: Sequence[Batch]) -> Tensor:
+    """A step's noise levels, by sample."""
+    images = sum(len(batch.places) for batch in batches)
+    return draw_sigmas(
+        images, SEED, number,
+        distribution=FLOW.sigma, mean=FLOW.logit_mean, std=FLOW.logit_std, shift=FLOW.shift,
+    )  # fmt: skip
 
 
 class TorchEngine:

@@ -20,8 +20,9 @@ from dataclasses import dataclass
 
 import torch
 
-from hdl.data.batches import Batch, pack, samples_of_step
+from hdl.data.batches import Batch, pack
 from hdl.data.buckets import choose_bucket
+from hdl.data.order import samples_of_step
 from hdl.data.samples import Sample
 from hdl.o1.config import O1Config
 from hdl.o1.layout import Segment
@@ -59,16 +60,7 @@ class Case:
 
     def samples(self, step: int, dim: int) -> list[Sample]:
         """A step's samples with random pixels and random text embeddings [L, dim]."""
-        generator = generator_for("bench samples", self.name, step)
-        samples = []
-        for place, segment in enumerate(self.segments(step)):
-            size = (segment.patches, PATCH_DIM)
-            patches = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
-            text = torch.randn(segment.text, dim, generator=generator) * 0.02
-            ids = torch.zeros(segment.text, dtype=torch.int64)
-            key = f"{self.name}-{step}-{place}"
-            samples.append(Sample(key, patches, segment.rows, segment.cols, ids, text.to(torch.bfloat16), ""))
-        return samples
+        return random_samples(self.segments(step), self.name, step, dim)
 
     def describe(self) -> str:
         fewest, most = self.captions
@@ -78,6 +70,20 @@ class Case:
                 f"{fewest} to {most} text tokens"
             )
         return f"{self.images} x {self.side}x{self.side} px a step, {fewest} text tokens"
+
+
+def random_samples(segments: Sequence[Segment], name: str, step: int, dim: int) -> list[Sample]:
+    """Of these sizes, drawn anew for every name and step."""
+    generator = generator_for("bench samples", name, step)
+    samples = []
+    for place, segment in enumerate(segments):
+        size = (segment.patches, PATCH_DIM)
+        patches = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
+        text = torch.randn(segment.text, dim, generator=generator) * 0.02
+        ids = torch.zeros(segment.text, dtype=torch.int64)
+        key = f"{name}-{step}-{place}"
+        samples.append(Sample(key, patches, segment.rows, segment.cols, ids, text.to(torch.bfloat16), ""))
+    return samples
 
 
 def all_cases(tiny: bool) -> dict[str, Case]:
@@ -96,10 +102,7 @@ def packs(samples: Sequence[Sample], together: bool, pin: bool) -> list[Batch]:
     places = list(range(len(samples)))
     patches = sum(len(sample.patches) for sample in samples)
     groups = [places] if together else [[place] for place in places]
-    batches = [pack([samples[place] for place in group], group, patches) for group in groups]
-    if pin:
-        batches = [b.pinned() for b in batches]
-    return batches
+    return [pack([samples[place] for place in group], group, patches, pin=pin) for group in groups]
 
 
 def gemm_shapes(config: O1Config) -> list[tuple[int, int]]:

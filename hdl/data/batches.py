@@ -1,27 +1,31 @@
-"""From shards to packed batches: which samples a step trains on, and how a rank's share is packed.
+"""From shards to packed batches: a rank's share of each step, read and packed ahead of time.
 
-The data is one endless stream: every epoch is a permutation of all samples drawn from (seed, epoch), one
-epoch after another. Step k trains on places k*B .. k*B + B - 1 of the stream, whatever the number of
-ranks; rank r of W takes the r-th of W equal parts. So a step's batch is a pure function of its number,
-and a data position is nothing but a step.
+Which samples a step trains on is a pure function of its number, whatever the number of ranks (hdl/data/order.py,
+hdl/data/steps.py), so a data position is nothing but a step.
 
 A batch is packed: text tokens and patches of several samples in one run, without padding.
 """
 
+import time
 from collections import OrderedDict
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from hdl.data.reading import Reader
 from hdl.data.samples import Sample
-from hdl.data.shards import Shards
+from hdl.data.steps import Steps
+from hdl.data.tally import Tally
 from hdl.o1.layout import Layout, Segment, lay_out
-from hdl.seeds import generator_for
 
 RECENT_LAYOUTS = 16
+AHEAD_BYTES = 160 * 2**20  # of batches read ahead, if more than one step of them fits
+MOST_STEPS_AHEAD = 8
+READERS = 2  # threads
+ASK_EVERY = 8  # steps, for the shards wanted next
 
 
 @dataclass(frozen=True)
@@ -34,19 +38,13 @@ class Batch:
     patches: Tensor  # uint8 [P, 3072]
     layout: Layout
     global_patches: int  # patches in the whole step, over all ranks and micro-batches
+    weights: list[
+        float
+    ]  # each sample's factor in the loss; what the loss is divided by does not depend on it
 
     @property
     def patch_counts(self) -> list[int]:
         return [segment.patches for segment in self.layout.segments]
-
-    def pinned(self) -> "Batch":
-        """In page-locked memory, from which copying to a GPU does not wait."""
-        return replace(
-            self,
-            text=self.text.pin_memory(),
-            patches=self.patches.pin_memory(),
-            layout=self.layout.pinned(),
-        )
 
     def to(self, device: torch.device | str) -> "Batch":
         return replace(
@@ -72,78 +70,89 @@ def _layout_on(device: torch.device, layout: Layout) -> Layout:
     return _recent_layouts[key]
 
 
-def samples_of_step(count: int, batch_size: int, seed: int, step: int) -> list[int]:
-    """Indices (into `count` samples) of a step's global batch, in the order of their places."""
-    places = range(step * batch_size, (step + 1) * batch_size)
-    return [_epoch(count, seed, place // count)[place % count] for place in places]
-
-
-@lru_cache(maxsize=4)
-def _epoch(count: int, seed: int, epoch: int) -> list[int]:
-    return torch.randperm(count, generator=generator_for(seed, "epoch", epoch)).tolist()
-
-
-def pack(samples: list[Sample], places: list[int], global_patches: int) -> Batch:
-    """Put samples one after another."""
+def pack(
+    samples: Sequence[Sample], places: list[int], global_patches: int,
+    weights: list[float] | None = None, pin: bool = False,
+) -> Batch:  # fmt: skip
+    """Put samples one after another. weights: 1 each by default; pin: in page-locked memory, from which copying to
+    a GPU does not wait."""
+    layout = lay_out([Segment(len(s.input_ids), s.rows, s.cols) for s in samples])
     return Batch(
         keys=[s.key for s in samples],
         places=places,
-        text=torch.cat([s.text_embeds for s in samples]),
-        patches=torch.cat([s.patches for s in samples]),
-        layout=lay_out([Segment(len(s.input_ids), s.rows, s.cols) for s in samples]),
+        text=_joined([s.text_embeds for s in samples], pin),
+        patches=_joined([s.patches for s in samples], pin),
+        layout=layout.pinned() if pin else layout,
         global_patches=global_patches,
+        weights=weights or [1.0] * len(samples),
     )
 
 
-class Batches:
-    """This rank's packed micro-batches of any step; the next step's are read ahead in a thread."""
+def _joined(parts: Sequence[Tensor], pin: bool) -> Tensor:
+    rows = sum(len(part) for part in parts)
+    out = torch.empty(rows, *parts[0].shape[1:], dtype=parts[0].dtype, pin_memory=pin)
+    for part, place in zip(parts, out.split([len(part) for part in parts])):
+        place.copy_(part)
+    return out
 
-    def __init__(
-        self,
-        shards: Shards,
-        *,
-        batch_size: int,
-        micro_batch_size: int,
-        rank: int,
-        world: int,
-        seed: int,
-        caption_dropout: float,
-        pin_memory: bool,
-    ) -> None:
-        self.shards = shards
-        self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
-        self.rank, self.world = rank, world
-        self.seed, self.caption_dropout = seed, caption_dropout
-        self.pin_memory = pin_memory
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
-        self._ahead: dict[int, Future[list[Batch]]] = {}
+
+class Batches:
+    """This rank's packed micro-batches of any step; those of the next steps are read ahead.
+
+    waited: seconds that the last `of_step` took. tally: what the steps asked for have drawn, over all ranks.
+    """
+
+    def __init__(self, steps: Steps, reader: Reader, rank: int, pin_memory: bool) -> None:
+        self.steps, self.reader, self.rank, self.pin_memory = steps, reader, rank, pin_memory
+        self.mixture = reader.mixture
+        self.tally = Tally(self.mixture)
+        self.waited = 0.0
+        self._planner = ThreadPoolExecutor(1, thread_name_prefix="plan-ahead")
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="read-ahead")
+        self._coming: dict[int, Future[list[Future[Batch]]]] = {}
+        self._ahead = 1  # steps
+        self._asked: dict[int, list[str]] = {}
 
     def of_step(self, step: int) -> list[Batch]:
-        """The step's micro-batches, on the CPU; HdlError when a sample cannot be read."""
-        ready = self._ahead.pop(step, None)
-        batches = ready.result() if ready else self._read(step)
-        self._ahead = {step + 1: self._reader.submit(self._read, step + 1)}
+        """The step's micro-batches, on the CPU; HdlError when a sample can neither be read nor be replaced."""
+        begin = time.perf_counter()
+        wanted = range(step, step + self._ahead + 1)
+        for other in [s for s in self._coming if s not in wanted]:
+            self._coming.pop(other).cancel()
+        for s in wanted:
+            if s not in self._coming:
+                self._coming[s] = self._planner.submit(self._start, s)
+        batches = [batch.result() for batch in self._coming.pop(step).result()]
+        size = sum(batch.patches.nbytes + batch.text.nbytes for batch in batches)
+        self._ahead = min(max(AHEAD_BYTES // size, 1), MOST_STEPS_AHEAD)
+        for pack in self.steps.plan(step).packs:
+            self.tally.add(pack.sample)
+        self.waited = time.perf_counter() - begin
         return batches
 
     def close(self) -> None:
-        self._reader.shutdown(cancel_futures=True)
+        self._planner.shutdown(cancel_futures=True)
+        self._readers.shutdown(cancel_futures=True)
 
-    def _read(self, step: int) -> list[Batch]:
-        indices = samples_of_step(len(self.shards.infos), self.batch_size, self.seed, step)
-        patches = sum(self.shards.infos[i].rows * self.shards.infos[i].cols for i in indices)
-        dropped = torch.rand(self.batch_size, generator=generator_for(self.seed, "caption dropout", step))
-        share = self.batch_size // self.world
-        batches = []
-        for start in range(self.rank * share, (self.rank + 1) * share, self.micro_batch_size):
-            places = list(range(start, start + self.micro_batch_size))
-            samples = [self._sample(indices[p], bool(dropped[p] < self.caption_dropout)) for p in places]
-            batch = pack(samples, places, patches)
-            batches.append(batch.pinned() if self.pin_memory else batch)
-        return batches
+    def _start(self, step: int) -> list[Future[Batch]]:
+        """Have the step's micro-batches read."""
+        if step % ASK_EVERY == 0 or not self._asked:
+            self._prefetch(step)
+        plan = self.steps.plan(step)
+        return [self._readers.submit(self._read, step, number) for number in plan.dealt[self.rank]]
 
-    def _sample(self, index: int, without_caption: bool) -> Sample:
-        sample = self.shards.read(index)
-        if without_caption:
-            empty = self.shards.empty
-            sample = replace(sample, input_ids=empty.input_ids, text_embeds=empty.text_embeds)
-        return sample
+    def _read(self, step: int, number: int) -> Batch:
+        plan = self.steps.plan(step)
+        picks = plan.packs[number]
+        weights = self.mixture.loss_weight[picks.sample].tolist()
+        return pack(self.reader.read(picks), plan.places(number), plan.patches, weights, self.pin_memory)
+
+    def _prefetch(self, step: int) -> None:
+        """Tell the sources which shards are wanted next: twice as many as are mixed."""
+        shards, window = len(self.mixture.columns.shards), self.steps.cut.draws.window
+        wanted = min(2 * window, shards) if window else shards
+        needed = self.steps.shards_needed(step, self.rank, wanted)
+        if needed != self._asked:
+            for source, names in needed.items():
+                self.mixture.sources[source].shards.prefetch(names)
+        self._asked = needed

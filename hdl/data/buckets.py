@@ -7,12 +7,14 @@ either direction, so a small image gets a small bucket of its own shape.
 """
 
 import math
+from dataclasses import dataclass
 from functools import lru_cache
 
 from PIL import Image
 
 # Pixels may first be averaged in whole blocks (fast), as long as Lanczos still shrinks by this much.
 REDUCING_GAP = 3.0
+Window = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 PATCH = 32  # hdl.o1.patches.PATCH; worker processes import this file and must not have to load torch
 
 
@@ -45,13 +47,42 @@ def choose_bucket(width: int, height: int, area: int, allow_upscaling: bool) -> 
     return best
 
 
-def fit(image: Image.Image, rows: int, cols: int) -> Image.Image:
-    """The RGB image scaled to cover rows x cols patches and centre-cropped to them."""
+@dataclass(frozen=True)
+class Shrunk:
+    """How an image was decoded small: at one `divisor`-th of its size, its pixels averages of divisor x divisor.
+
+    left, top: the image's own corner, in its full pixels, in what was decoded; not 0 where the image was turned and
+    its side is no multiple of the divisor, for then the incomplete averages are in front.
+    """
+
+    divisor: int = 1
+    left: int = 0
+    top: int = 0
+
+
+FULL = Shrunk()
+
+
+def fit(
+    image: Image.Image, rows: int, cols: int, window: Window | None = None, shrunk: Shrunk = FULL
+) -> Image.Image:
+    """The RGB image, or a window of it, scaled to cover rows x cols patches and centre-cropped to them.
+
+    window: in full pixels, also where the image was decoded small; it must be given then.
+    """
     width, height = cols * PATCH, rows * PATCH
-    scale = max(width / image.width, height / image.height)
+    left, top, right, bottom = window or (0, 0, image.width, image.height)
+    scale = max(width / (right - left), height / (bottom - top))
     crop_width, crop_height = width / scale, height / scale
     # A whole number of pixels: an image that is cropped but not scaled then keeps its pixels exactly.
-    left = math.floor((image.width - crop_width) / 2)
-    top = math.floor((image.height - crop_height) / 2)
-    box = (left, top, min(left + crop_width, image.width), min(top + crop_height, image.height))
+    # (Rounding may make the crop wider than the window by a trifle: never start outside it.)
+    x = left + max(0, math.floor((right - left - crop_width) / 2))
+    y = top + max(0, math.floor((bottom - top - crop_height) / 2))
+    x, y = x + shrunk.left, y + shrunk.top
+    box = (
+        x / shrunk.divisor,
+        y / shrunk.divisor,
+        min((x + crop_width) / shrunk.divisor, image.width),
+        min((y + crop_height) / shrunk.divisor, image.height),
+    )
     return image.resize((width, height), Image.Resampling.LANCZOS, box=box, reducing_gap=REDUCING_GAP)

@@ -1,8 +1,8 @@
 """From a folder of images and captions to a folder of shards.
 
-For each image in order: find its caption, ask whether an earlier run already made this very sample, and if
-not decode, resize and patchify it. Images stream through; memory does not grow with their number. What an
-earlier run made from the same bytes, caption, options and base is taken over without decoding, also when
+For each image in order: find its captions, ask whether an earlier run already made these very samples of it,
+and if not decode, resize and patchify it. Images stream through; memory holds their names and little else. What
+an earlier run made from the same bytes, captions, options and base is taken over without decoding, also when
 that run was killed before it finished.
 """
 
@@ -10,74 +10,94 @@ import hashlib
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from hdl.data.captions import CaptionOptions, Look, check_options, compose, read_caption, read_styles
-from hdl.data.files import Folder, list_folder
-from hdl.data.images import Job, Picture, Skip, picture_or_skip
-from hdl.data.samples import Prompt, SampleInfo, hash_of_captions, hash_of_embeds, payload_of
-from hdl.data.shard_writer import OWN, SHARD_BYTES, Earlier, ShardWriter, read_earlier
-from hdl.data.shards import (
-    INDEX_FILE,
-    VERSION,
-    bucket_counts,
-    check_base,
-    read_index,
-    write_durably,
+from hdl.data.captions import (
+    USUAL_TEXT_TAG,
+    CaptionOptions,
+    Look,
+    captions_of,
+    check_options,
+    may_mirror,
+    no_caption,
+    read_styles,
 )
+from hdl.data.earlier import Earlier, Known, read_earlier
+from hdl.data.files import Folder, list_folder
+from hdl.data.images import Skip
+from hdl.data.output import check_same_images, claimed
+from hdl.data.pictures import Job, Picture, Pictures, answer_weight, job_weight, pictures_or_skip
+from hdl.data.samples import SampleInfo, Tokens, hash_of_captions, payload_of
+from hdl.data.shard_writer import SHARD_BYTES, ShardWriter
+from hdl.data.shards import VERSION, check_base
+from hdl.data.summary import Summary, nothing_usable, write_report
+from hdl.data.summary import describe as describe
+from hdl.data.texts import Texts
+from hdl.data.views import Sizes
 from hdl.data.workers import in_order
 from hdl.errors import HdlError
 from hdl.o1.checkpoint import open_checkpoint
-from hdl.o1.patches import PATCH, patchify
+from hdl.o1.patches import PATCH
 from hdl.o1.prompt import UNCONDITIONAL_PROMPT, PromptEncoder
+
+NO_LOOK = Look()
+NOT_IN_KEYS = re.compile(r"[^A-Za-z0-9_-]+")
+# To be raised when the same inputs give other samples than before: earlier ones are then made anew.
+RECIPE = 2
+AT_ONCE = 64  # images whose captions are tokenized together
 
 
 @dataclass(frozen=True)
 class Options:
-    """area: side in px of the square whose area no bucket exceeds. allow_upscaling: enlarge small images."""
+    """area: side(s) in px of the square(s) whose area no bucket exceeds; each gives every image a sample. crops:
+    further samples of each image, windows of it. allow_upscaling: enlarge small images. keep_direction: images
+    with one of these tags are never to be mirrored. captions.orders: see there."""
 
-    area: int = 1024
+    area: int | tuple[int, ...] = 1024
     allow_upscaling: bool = False
     captions: CaptionOptions = field(default_factory=CaptionOptions)
+    crops: int = 0
+    keep_direction: tuple[str, ...] = (USUAL_TEXT_TAG,)
+
+    @property
+    def sizes(self) -> Sizes:
+        areas = self.area if isinstance(self.area, tuple) else (self.area,)
+        return Sizes(tuple(sorted(set(areas))), self.crops, self.allow_upscaling)
+
+
+@dataclass(frozen=True)
+class Wording:
+    """An image's captions as they are kept, their token ids, and a note for the report or None."""
+
+    captions: list[str]
+    ids: list[list[int]]
+    note: str | None
 
 
 @dataclass(frozen=True)
 class Task:
-    """One image with a good caption, on its way to become a sample."""
+    """One image with a good caption, on its way to become samples.
+
+    candidates: its captions before they are tokenized. wording: they tokenized; None where an earlier run did
+    that, unless the image turns out to have changed.
+    """
 
     source: str
-    caption: str
     look: Look
-    ids: list[int]
-    recipe: str
-    earlier: SampleInfo | None
+    candidates: list[str]
+    notes: list[str]
+    mirrored: bool
+    recipe: str  # but for the view
+    earlier: dict[str | None, Known]
     job: Job
-
-
-@dataclass
-class Summary:
-    """What a run did. Paths in `skips` and `notes` are relative to `images`."""
-
-    images: Path
-    out: Path
-    shards: int = 0
-    reused: int = 0
-    new: int = 0
-    removed: int = 0
-    buckets: dict[tuple[int, int], int] = field(default_factory=dict)
-    skips: dict[str, Skip] = field(default_factory=dict)
-    notes: dict[str, str] = field(default_factory=dict)
-
-    def skips_by_kind(self) -> dict[str, int]:
-        return dict(Counter(skip.kind for skip in self.skips.values()).most_common())
+    wording: Wording | None
 
 
 def prepare(
@@ -95,176 +115,225 @@ def prepare(
 
     workers: processes that decode; 0 decodes in this one. config_from, random_init: as for open_checkpoint.
     HdlError for anything wrong with the folders, styles.json, the options or the checkpoint, before any work,
-    and where no image is usable. A single bad file is skipped and reported, never an error.
+    where another run writes to `out`, and where no image is usable. A single bad file is skipped and reported,
+    never an error.
     """
     images, out = Path(images), Path(out)
-    if options.area < PATCH:
-        raise HdlError(f"--area: found {options.area}, expected at least {PATCH} (pixels, one patch)")
-    if workers < 0:
-        raise HdlError(f"--workers: found {workers}, expected 0 (decode in this process) or more")
+    check_numbers(options, workers)
     folder = list_folder(images, leave_out=out)
     styles = read_styles(images, folder.images)
-    check_options(options.captions, styles)
-    index = claim_output(out)
-    checkpoint = open_checkpoint(base, config_from, random_init)
-    encoder = PromptEncoder(checkpoint)
-    fingerprint = checkpoint.fingerprint()
-    if index:
-        check_base(out, index, fingerprint)
-    earlier = read_earlier(out, index)
-    check_same_images(out, earlier, folder)
+    check_options(options.captions, styles, options.keep_direction)
+    with claimed(out) as index:
+        checkpoint = open_checkpoint(base, config_from, random_init)
+        texts = Texts(PromptEncoder(checkpoint))
+        fingerprint = checkpoint.fingerprint()
+        if index:
+            check_base(out, index, fingerprint)
+        earlier = read_earlier(out, index)
+        check_same_images(out, earlier, folder)
 
-    summary = Summary(images, out, skips=dict(folder.skips))
-    writer = ShardWriter(out, earlier, shard_bytes)
-    with writing(writer):
-        tasks = plan(folder, styles, options, encoder, fingerprint, earlier, summary)
-        for task, result in in_order(picture_or_skip, ((task, task.job) for task in tasks), workers):
-            if isinstance(result, Skip):
-                summary.skips[task.source] = result
-                continue
-            image_sha256, picture = result
-            if picture is None:
-                assert task.earlier is not None
-                writer.reuse(task.earlier)
-                summary.reused += 1
-            else:
-                writer.add(*make_sample(task, image_sha256, picture, encoder))
-                summary.new += 1
-        if not summary.new + summary.reused:
-            raise nothing_usable(summary)
-        empty_ids = encoder.ids(UNCONDITIONAL_PROMPT)
-        writer.finish(
-            base={"fingerprint": fingerprint, "hidden_size": checkpoint.config.hidden_size},
-            options=asdict(options),
-            empty=payload_of([prompt(encoder, empty_ids)]),
-            empty_tokens=len(empty_ids),
-        )
-        summary.removed = len(earlier.finished_sources.difference(info.source for info in writer.infos))
-        summary.shards = len(writer.shards)
-        summary.buckets = bucket_counts(writer.infos)
-        summary.notes = {info.source: info.note for info in writer.infos if info.note}
-        write_report(summary)
+        summary = Summary(images, out, skips=dict(folder.skips))
+        writer = ShardWriter(out, earlier, shard_bytes)
+        with writing(writer):
+            tasks = Plan(folder, styles, options, texts, fingerprint, earlier, summary).tasks()
+            jobs = ((task, task.job) for task in tasks)
+            for task, answer in in_order(pictures_or_skip, jobs, workers, job_weight, answer_weight):
+                try:
+                    infos = store(task, answer, texts, writer, summary)
+                except Skip as skip:
+                    summary.skips[task.source] = skip
+                else:
+                    summary.count(infos)
+            if not summary.taken:
+                raise nothing_usable(summary)
+            empty = texts.tokens([texts.encoder.ids(UNCONDITIONAL_PROMPT)])
+            writer.finish(
+                base={"fingerprint": fingerprint, "hidden_size": checkpoint.config.hidden_size},
+                options=asdict(options),
+                empty=payload_of(empty),
+                empty_tokens=len(empty.input_ids),
+            )
+            summary.removed = writer.removed()
+            summary.shards = len(writer.shards)
+            summary.buckets = writer.buckets()
+            write_report(summary)
     return summary
 
 
-def claim_output(out: Path) -> dict[str, Any] | None:
-    """Make sure that `out` can be written and holds nothing but shards; the index it has, if any."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / f"{INDEX_FILE}.tmp"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise HdlError(
-            f"{out}: the output folder cannot be written ({error.strerror}: {error.filename}); "
-            "name a folder in a place that you may write to"
-        ) from None
-    if (out / INDEX_FILE).exists():
-        return read_index(out)
-    strangers = sorted(path.name for path in out.iterdir() if not OWN.fullmatch(path.name))
-    if strangers:
-        raise HdlError(
-            f"{out}: the output folder holds something that is not hdl shards ({', '.join(strangers[:4])}"
-            f"{', …' if len(strangers) > 4 else ''}); name a new or empty folder"
-        )
-    return None
+def check_numbers(options: Options, workers: int) -> None:
+    areas = options.sizes.areas
+    if not areas or areas[0] < PATCH:
+        found = areas[0] if areas else "none"
+        raise HdlError(f"--area: found {found}, expected at least {PATCH} (pixels, one patch)")
+    for option, number, meaning in (
+        ("--crops", options.crops, "windows an image"),
+        ("--shuffle-sentences", options.captions.orders, "further captions a caption"),
+    ):
+        if number < 0:
+            raise HdlError(f"{option}: found {number}, expected 0 or more ({meaning})")
+    if workers < 0:
+        raise HdlError(f"--workers: found {workers}, expected 0 (decode in this process) or more")
 
 
-def check_same_images(out: Path, earlier: Earlier, folder: Folder) -> None:
-    """HdlError where `out` was made from images of which not one is here."""
-    if earlier.finished_sources and earlier.finished_sources.isdisjoint(folder.images):
-        raise HdlError(
-            f"{out}: holds shards of other images ({min(earlier.finished_sources)}, …), none of which is in "
-            f"{folder.root}; name a new folder, or delete this one to replace them"
-        )
-
-
-def plan(
-    folder: Folder,
-    styles: dict[str, Look],
-    options: Options,
-    encoder: PromptEncoder,
-    fingerprint: str,
-    earlier: Earlier,
-    summary: Summary,
-) -> Iterator[Task]:
+@dataclass
+class Plan:
     """The images with good captions, one by one; the others go to the summary's skips."""
-    known = earlier.by_recipe()
-    for source in tqdm(folder.images, desc="preparing", unit="image", disable=None):
-        path = folder.root / source
-        look = styles.get(source, Look())
+
+    folder: Folder
+    styles: dict[str, Look]
+    options: Options
+    texts: Texts
+    fingerprint: str
+    earlier: Earlier
+    summary: Summary
+
+    def tasks(self) -> Iterator[Task]:
+        images = self.folder.images
+        progress = tqdm(total=len(images), desc="preparing", unit="image", disable=None)
+        for start in range(0, len(images), AT_ONCE):
+            sources = images[start : start + AT_ONCE]
+            found = [task for source in sources if (task := self._task(source))]
+            unknown = [task for task in found if not task.earlier]
+            wordings = dict(zip((task.source for task in unknown), tokenize(unknown, self.texts)))
+            for task in found:
+                wording = wordings.get(task.source)
+                if isinstance(wording, Skip):
+                    self.summary.skips[task.source] = wording
+                else:
+                    yield replace(task, wording=wording)
+            progress.update(len(sources))
+        progress.close()
+
+    @cached_property
+    def _made_from(self) -> list[object]:
+        """What all images' samples are made from. The scale an image is decoded at follows from all its views."""
+        return [VERSION, RECIPE, self.fingerprint, self.texts.identity(), asdict(self._sizes)]
+
+    @cached_property
+    def _sizes(self) -> Sizes:
+        return self.options.sizes
+
+    @cached_property
+    def _root(self) -> str:
+        return os.path.join(self.folder.root, "")
+
+    def _task(self, source: str) -> Task | None:
+        folder, sizes, root = self.folder, self._sizes, self._root
+        look = self.styles.get(source, NO_LOOK)
         try:
-            caption = compose(read_caption(path.with_suffix(".txt")), look, options.captions)
-            ids = encode(encoder, caption)
+            paths = [root + path for path in folder.captions_of(source)]
+            if not paths:
+                raise no_caption(f"{Path(source).stem}.txt")
+            references = folder.references_of(source)
+            candidates, notes = captions_of(paths, look, self.options.captions)
         except Skip as skip:
-            summary.skips[source] = skip
-            continue
-        made_from = [
-            VERSION,
-            fingerprint,
-            options.area,
-            options.allow_upscaling,
-            caption,
-            ids,
-            look.style,
-            look.tags,
-        ]
-        recipe = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
-        before = known.get((source, recipe))
-        job = Job(str(path), options.area, options.allow_upscaling, before.image_sha256 if before else None)
-        yield Task(source, caption, look, ids, recipe, before, job)
+            self.summary.skips[source] = skip
+            return None
+        if references:  # a window of the target is no longer what becomes of them
+            sizes = replace(sizes, crops=0)
+        mirrored = may_mirror(candidates, look.tags, self.options.keep_direction)
+        made_from = [candidates, notes, look.style, look.tags, mirrored, len(references)]
+        recipe = hashlib.sha256(json.dumps(self._made_from + made_from).encode()).hexdigest()
+        earlier = {
+            view: known
+            for view in sizes.names()
+            if (known := self.earlier.find(source, recipe_of(recipe, view)))
+        }
+        job = Job(
+            root + source,
+            sizes,
+            tuple(root + path for path in references),
+            {view: known.info.image_sha256 for view, known in earlier.items()},
+        )
+        return Task(source, look, candidates, notes, mirrored, recipe, earlier, job, None)
 
 
-def encode(encoder: PromptEncoder, caption: str) -> list[int]:
-    """The caption's token ids; Skip where it is too long or would end the prompt by itself."""
-    try:
-        ids = encoder.ids(caption)
-    except HdlError as error:
-        raise Skip("caption not usable", f"the caption cannot be used: {error}") from None
-    if not set(encoder.image_ids).isdisjoint(ids[: -len(encoder.image_ids)]):
-        raise Skip("caption not usable", "the caption holds one of the model's own special tokens; remove it")
-    return ids
+def recipe_of(recipe: str, view: str | None) -> str:
+    return hashlib.sha256(f"{recipe} {view}".encode()).hexdigest()
+
+
+def tokenize(tasks: list[Task], texts: Texts) -> Iterator[Wording | Skip]:
+    """The captions of each task as they are kept; the Skip of the first where none can be used."""
+    answers = iter(texts.ids([caption for task in tasks for caption in task.candidates]))
+    for task in tasks:
+        captions, all_ids, notes = [], [], list(task.notes)
+        first: Skip | None = None
+        for caption in task.candidates:
+            ids = next(answers)
+            if isinstance(ids, Skip):
+                first = first or ids
+                notes.append(ids.reason)
+            else:
+                captions.append(caption)
+                all_ids.append(ids)
+        if first and not captions:
+            yield first
+        else:
+            yield Wording(captions, all_ids, "; ".join(notes) or None)
+
+
+def store(
+    task: Task, answer: Pictures | Skip, texts: Texts, writer: ShardWriter, summary: Summary
+) -> list[SampleInfo]:
+    """Give all samples of an image to the writer; what is known of each. Raises Skip."""
+    if isinstance(answer, Skip):
+        raise answer
+    made = any(isinstance(view, Picture) for view in answer.views)
+    wording = task.wording or (next(tokenize([task], texts)) if made else None)
+    if isinstance(wording, Skip):
+        raise wording
+    tokens = texts.tokens(wording.ids) if made and wording else None
+    infos = []
+    for view in answer.views:
+        if isinstance(view, Picture):
+            assert wording and tokens
+            info, payload = make_sample(task, answer, view, wording, tokens)
+            writer.add(info, payload)
+            summary.new += 1
+        else:
+            info = task.earlier[view].info
+            writer.reuse(task.earlier[view])
+            summary.reused += 1
+        infos.append(info)
+    return infos
 
 
 def make_sample(
-    task: Task, image_sha256: str, picture: Picture, encoder: PromptEncoder
+    task: Task, pictures: Pictures, picture: Picture, wording: Wording, tokens: Tokens
 ) -> tuple[SampleInfo, bytes]:
-    """A task and its picture -> the sample's line (shard and offset still open) and its safetensors bytes."""
-    prompts = [prompt(encoder, task.ids)]
-    payload = payload_of(prompts, patchify(torch.from_numpy(picture.pixels.copy())))
+    """A sample's line (shard and offset still open) and its safetensors bytes."""
+    references = [torch.from_numpy(patches) for _, patches in picture.references]
+    payload = payload_of(tokens, torch.from_numpy(picture.patches), references)
     info = SampleInfo(
-        key=key_of(task.source),
+        key=key_of(task.source, picture.view),
         shard="",
         offset=0,
         size=len(payload),
         sha256=hashlib.sha256(payload).hexdigest(),
         rows=picture.rows,
         cols=picture.cols,
-        references=[],
-        text_tokens=[len(task.ids)],
-        captions=[task.caption],
-        mirrored=False,
-        caption_sha256=hash_of_captions([task.caption]),
-        embeds_sha256=hash_of_embeds(prompts),
+        references=[grid for grid, _ in picture.references],
+        text_tokens=[len(ids) for ids in wording.ids],
+        captions=wording.captions,
+        mirrored=task.mirrored,
+        caption_sha256=hash_of_captions(wording.captions),
+        embeds_sha256=tokens.embeds_sha256(),
         source=task.source,
-        view=None,
+        view=picture.view,
         style=task.look.style,
         tags=task.look.tags,
-        note=picture.note,
-        image_sha256=image_sha256,
-        recipe=task.recipe,
+        note="; ".join(filter(None, [pictures.note, wording.note])) or None,
+        image_sha256=pictures.sha256,
+        recipe=recipe_of(task.recipe, picture.view),
     )
     return info, payload
 
 
-def prompt(encoder: PromptEncoder, ids: list[int]) -> Prompt:
-    return Prompt(torch.tensor(ids), encoder.embed(ids))
-
-
-def key_of(source: str) -> str:
-    """A WebDataset key (no dots, no slashes) for an image: readable, unique, the same in every run."""
-    stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(source).stem)[:40]
-    return f"{stem}-{hashlib.sha256(os.fsencode(source)).hexdigest()[:12]}"
+def key_of(source: str, view: str | None) -> str:
+    """A WebDataset key (no dots, no slashes): readable, unique, the same in every run, shorter than 80."""
+    stem = NOT_IN_KEYS.sub("_", os.path.splitext(os.path.basename(source))[0])[:40]
+    image = f"{stem}-{hashlib.sha256(os.fsencode(source)).hexdigest()[:12]}"
+    return f"{image}-{view}" if view else image
 
 
 @contextmanager
@@ -279,51 +348,3 @@ def writing(writer: ShardWriter) -> Iterator[None]:
         ) from error
     finally:
         writer.abandon()
-
-
-def nothing_usable(summary: Summary) -> HdlError:
-    """Writes the report and returns the error that counts the reasons."""
-    write_report(summary)
-    counts = ", ".join(f"{count} × {kind}" for kind, count in summary.skips_by_kind().items())
-    file, skip = min(summary.skips.items())
-    return HdlError(
-        f"{summary.images}: no usable image with a caption ({counts}); for example {file}: {skip.reason}. "
-        f"All of them are listed in {summary.out / 'report.txt'}"
-    )
-
-
-def write_report(summary: Summary) -> None:
-    """report.json for programs and report.txt for people, in the output folder."""
-    record = {
-        "samples": summary.new + summary.reused,
-        "reused": summary.reused,
-        "new": summary.new,
-        "removed": summary.removed,
-        "counts": summary.skips_by_kind(),
-        "skipped": [
-            {"file": f, "kind": s.kind, "reason": s.reason} for f, s in sorted(summary.skips.items())
-        ],
-        "notes": [{"file": f, "note": note} for f, note in sorted(summary.notes.items())],
-    }
-    write_durably(summary.out / "report.json", json.dumps(record, indent=1).encode())
-    lines = [describe(summary), ""]
-    lines += [f"skipped {file}: {skip.reason}" for file, skip in sorted(summary.skips.items())]
-    lines += [f"note    {file}: {note}" for file, note in sorted(summary.notes.items())]
-    write_durably(summary.out / "report.txt", ("\n".join(lines) + "\n").encode(errors="surrogateescape"))
-
-
-def describe(summary: Summary) -> str:
-    """The last words of a run: what was taken, the buckets, what was skipped, where things are."""
-    lines = [
-        f"{summary.new + summary.reused} samples in {summary.shards} shard(s): "
-        f"reused {summary.reused}, new {summary.new}, removed {summary.removed}"
-    ]
-    if summary.buckets:
-        lines.append("  width x height   patches   samples")
-    for (rows, cols), count in summary.buckets.items():
-        lines.append(f"  {cols * PATCH:5} x {rows * PATCH:<6} {rows * cols:9} {count:9}")
-    for kind, count in summary.skips_by_kind().items():
-        lines.append(f"skipped {count} × {kind}")
-    if summary.shards:
-        lines.append(f"shards: {summary.out}   report: {summary.out / 'report.txt'}")
-    return "\n".join(lines)

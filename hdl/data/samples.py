@@ -14,8 +14,9 @@ further caption of a picture then costs little more than its token ids, also to 
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
+import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -44,11 +45,11 @@ class SampleInfo:
     caption_sha256: str  # of the captions
     embeds_sha256: str
     source: str  # the image, relative to the images folder
-    view: str | None  # which part or resolution of the image; None: the only one
+    view: str | None  # which resolution ("512") or part ("crop1") of the image; None: there is only one
     style: str | None
     tags: list[str]
     note: str | None  # what the report says of this image
-    image_sha256: str  # of the image file
+    image_sha256: str  # of the image file; of a pair, of all its files
     recipe: str  # hash of everything else the sample was made from: captions, options, base
 
     @property
@@ -84,25 +85,57 @@ class Sample:
     references: tuple[tuple[Grid, Tensor], ...] = ()
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """A sample's captions as they are kept."""
+
+    input_ids: np.ndarray  # int32 [L1+L2+...]
+    token_ids: np.ndarray  # int32 [U], ascending
+    token_embeds: np.ndarray  # the bits of bfloat16, as uint16 [U, D]
+
+    @classmethod
+    def of(cls, prompts: list[Prompt]) -> "Tokens":
+        ids = np.concatenate([prompt.input_ids.numpy() for prompt in prompts]).astype(np.int32)
+        embeds = torch.cat([prompt.text_embeds for prompt in prompts])
+        token_ids, first = np.unique(ids, return_index=True)  # a token's rows are all the same
+        return cls(ids, token_ids, bits_of(embeds)[first])
+
+    def embeds_sha256(self) -> str:
+        return hashlib.sha256(self.token_embeds.data).hexdigest()
+
+
+def bits_of(embeds: Tensor) -> np.ndarray:
+    """bfloat16 -> the same bits as uint16, for numpy has no such type."""
+    return embeds.contiguous().view(torch.uint16).numpy()
+
+
 def payload_of(
-    prompts: list[Prompt], patches: Tensor | None = None, references: list[Tensor] | None = None
+    prompts: list[Prompt] | Tokens, patches: Tensor | None = None, references: list[Tensor] | None = None
 ) -> bytes:
     """A sample's bytes; the same for the same tensors. patches None: prompts alone."""
-    tensors = prompt_tensors(prompts)
+    tokens = prompts if isinstance(prompts, Tokens) else Tokens.of(prompts)
+    parts = [
+        ("input_ids", "I32", tokens.input_ids),
+        ("token_ids", "I32", tokens.token_ids),
+        ("token_embeds", "BF16", tokens.token_embeds),
+    ]
     if patches is not None:
-        tensors["patches"] = patches.contiguous()
+        parts.append(("patches", "U8", patches.contiguous().numpy()))
     if references:
-        tensors["references"] = torch.cat(references)
-    return safetensors.torch.save(tensors)
+        parts.append(("references", "U8", torch.cat(references).numpy()))
+    return _safetensors(parts)
 
 
-def prompt_tensors(prompts: list[Prompt]) -> dict[str, Tensor]:
-    ids = torch.cat([prompt.input_ids for prompt in prompts])
-    embeds = torch.cat([prompt.text_embeds for prompt in prompts])
-    token_ids, place = torch.unique(ids, return_inverse=True)
-    rows = embeds.new_empty(len(token_ids), embeds.shape[1])
-    rows[place] = embeds  # a token's rows are all the same
-    return {"input_ids": ids.int(), "token_ids": token_ids.int(), "token_embeds": rows}
+def _safetensors(parts: list[tuple[str, str, np.ndarray]]) -> bytes:
+    """What safetensors.torch.save writes, which takes longer than all else done for a small image. Parts by size
+    of type, then by name."""
+    header, end = {}, 0
+    for name, dtype, array in parts:
+        start, end = end, end + array.nbytes
+        header[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": (start, end)}
+    described = json.dumps(header, separators=(",", ":")).encode()
+    described += b" " * (-len(described) % 8)
+    return b"".join([len(described).to_bytes(8, "little"), described, *(array.data for _, _, array in parts)])
 
 
 def sample_from(payload: bytes, info: SampleInfo, caption: int = 0) -> Sample:
@@ -134,8 +167,7 @@ def _prompt(tensors: dict[str, Tensor], lengths: list[int], caption: int) -> Pro
 
 def hash_of_embeds(prompts: list[Prompt]) -> str:
     """sha256 of the text embeddings' bytes, as they are kept."""
-    embeds = prompt_tensors(prompts)["token_embeds"]
-    return hashlib.sha256(embeds.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+    return Tokens.of(prompts).embeds_sha256()
 
 
 def hash_of_captions(captions: list[str]) -> str:
@@ -143,7 +175,7 @@ def hash_of_captions(captions: list[str]) -> str:
 
 
 def info_to_json(info: SampleInfo) -> str:
-    return json.dumps(asdict(info))
+    return json.dumps(vars(info))
 
 
 def info_from_json(line: str) -> SampleInfo:

@@ -4,18 +4,21 @@ The plan (hdl/memory/plan.py) is asked about the heaviest micro-batch that the d
 path; plain modules, whose memory depends on what PyTorch and PEFT keep, are not foreseen.
 """
 
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from hdl.config import Run
+from hdl.config import Run, Train
 from hdl.data.samples import SampleInfo
+from hdl.engine.fast_path import check_layers
 from hdl.engine.processes import Processes
 from hdl.engine.sharding import shares
 from hdl.errors import HdlError
 from hdl.kernels.backend import has_fp8
-from hdl.memory.plan import GIB, GPUS, OPTIMIZERS, Strategy, Work, choices, mix, need
+from hdl.memory.host import available
+from hdl.memory.plan import GIB, GPUS, OPTIMIZERS, Host, Strategy, Work, choices, mix, need
 from hdl.o1.config import O1Config
 from hdl.o1.layout import Segment
 
@@ -26,10 +29,11 @@ RESERVED = GIB  # of a card, for others
 
 @dataclass(frozen=True)
 class Budget:
-    """bytes: what the run may take; fp8: whether the GPU multiplies in it."""
+    """bytes: what the run may take; fp8: whether the GPU multiplies in it; host: of the machine's own memory."""
 
     bytes: float
     fp8: bool
+    host: Host = field(default_factory=Host)
 
 
 def budget_of(run: Run, device: torch.device, fp8: bool) -> Budget:
@@ -38,15 +42,16 @@ def budget_of(run: Run, device: torch.device, fp8: bool) -> Budget:
     HdlError when the GPU is smaller than model.card.
     """
     total = torch.cuda.get_device_properties(device).total_memory
+    host = Host(available()[0], int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if run.model.card is None:
-        return Budget(total - RESERVED, fp8)
+        return Budget(total - RESERVED, fp8, host)
     wanted = run.model.card * GIB - RESERVED
     if wanted > total:
         raise HdlError(
             f"model.card {run.model.card:g} GiB: this GPU has {total / GIB:.1f}; leave model.card out to use all of it"
         )
     torch.cuda.set_per_process_memory_fraction(wanted / total, device)
-    return Budget(wanted, fp8)
+    return Budget(wanted, fp8, host)
 
 
 def settled(
@@ -57,6 +62,7 @@ def settled(
     fuses: whether the decoder takes the fused path. HdlError for what needs that path, or a GPU.
     """
     device = processes.device
+    check_layers(run, config)
     if device.type == "cuda" and fuses:
         return settle(run, config, infos, processes.world, budget_of(run, device, has_fp8(device)))
     for option, found, without in (("memory", run.model.memory, "set"), ("card", run.model.card, None)):
@@ -70,14 +76,15 @@ def settled(
 
 def advice(run: Run, config: O1Config, infos: Sequence[SampleInfo], processes: Processes) -> str:
     """What to try after a run took more memory than there is."""
-    usual = "lower train.micro_batch_size, the images' area or lora.rank"
+    size = "micro_batch_tokens" if run.train.micro_batch_tokens else "micro_batch_size"
+    usual = f"lower train.{size}, the images' area or lora.rank"
     if processes.device.type != "cuda":
         return usual
     budget = budget_of(run, processes.device, has_fp8(processes.device))
-    micro, _ = shares(run.train, processes.world)
+    work = work_of(run.train, infos, processes.world)
     try:
-        leaner = Budget(LEANER * budget.bytes, budget.fp8)
-        return f"try {_described(_fastest(run, config, heaviest(infos, micro), processes.world, leaner))}; or {usual}"
+        leaner = replace(budget, bytes=LEANER * budget.bytes)
+        return f"try {_described(_fastest(run, config, work, processes.world, leaner))}; or {usual}"
     except HdlError:
         return usual
 
@@ -89,8 +96,7 @@ def settle(
 
     HdlError with the nearest settings that fit when the run's own do not, or when none do.
     """
-    micro, _ = shares(run.train, world)
-    work = heaviest(infos, micro)
+    work = work_of(run.train, infos, world)
     if run.model.memory == "auto":
         run = _fastest(run, config, work, world, budget)
     strategy = strategy_of(run, config, world)
@@ -101,10 +107,33 @@ def settle(
             f"this run needs about {needed.peak / GIB:.1f} GiB ({_parts(run, config, work, strategy)}) and may take "
             f"{budget.bytes / GIB:.1f}; the fastest that fits: {_described(fastest)}. Set it, or model.memory auto"
         )
+    if not budget.host.has(needed):
+        raise HdlError(
+            f"model.stream {run.model.stream} and model.offload {run.model.offload} keep "
+            f"{needed.on_host(budget.host.gpus) / GIB:.1f} GiB in host memory for {budget.host.gpus} GPU(s), of which "
+            f"{budget.host.bytes / GIB:.1f} can be had; lower them, or set model.memory auto"
+        )
     return run, (
         f"memory: about {needed.peak / GIB:.1f} of {budget.bytes / GIB:.1f} GiB expected with {_described(run)}: "
         f"{_parts(run, config, work, strategy)}"
     )
+
+
+def work_of(train: Train, infos: Sequence[SampleInfo], world: int) -> Work:
+    """The heaviest micro-batch of a run, of which these are the largest samples."""
+    if train.micro_batch_tokens:
+        return fullest(infos, train.micro_batch_tokens)
+    micro, _ = shares(train, world)
+    return heaviest(infos, micro)
+
+
+def fullest(infos: Sequence[SampleInfo], tokens: int) -> Work:
+    """The heaviest pack of so many tokens: nothing but the longest of these samples, as far as it goes in."""
+    longest = max(infos, key=lambda i: i.patches + max(i.text_tokens))
+    segment = Segment(max(longest.text_tokens), longest.rows, longest.cols)
+    segments = [segment] * (tokens // segment.tokens)
+    rest = tokens % segment.tokens
+    return Work.of([*segments, Segment(2, 1, rest - 2)] if rest > 2 else segments)
 
 
 def heaviest(infos: Sequence[SampleInfo], micro: int) -> Work:
@@ -120,7 +149,8 @@ def strategy_of(run: Run, config: O1Config, world: int) -> Strategy:
     keep, layers = run.model.keep, config.num_hidden_layers
     levels = (keep,) * layers if isinstance(keep, str) else tuple(keep)
     master = run.train.master == "float32"
-    return Strategy(run.model.weights, levels, run.train.optimizer, world, master, run.model.stream)
+    model = run.model
+    return Strategy(model.weights, levels, run.train.optimizer, world, master, model.stream, model.offload)
 
 
 def _fastest(run: Run, config: O1Config, work: Work, world: int, budget: Budget) -> Run:
@@ -128,14 +158,15 @@ def _fastest(run: Run, config: O1Config, work: Work, world: int, budget: Budget)
     else with another one."""
     least: float = float("inf")
     for optimizer in (run.train.optimizer, *(o for o in OPTIMIZERS if o != run.train.optimizer)):
-        found = choices(config, run.lora.rank, work, optimizer, world, budget.bytes, GPUS["h100"])
+        gpu = GPUS["h100"]
+        found = choices(config, run.lora.rank, work, optimizer, world, budget.bytes, gpu, budget.host)
         usable = [c for c in found if budget.fp8 or not c.weights.startswith("fp8")]
         best = usable[0]
         if best.strategy:
             levels = best.strategy.keep
             keep = levels[0] if len(set(levels)) == 1 else list(levels)
-            stream = best.strategy.stream
-            model = run.model.model_copy(update={"weights": best.weights, "keep": keep, "stream": stream})
+            chosen = {"stream": best.strategy.stream, "offload": best.strategy.offload}
+            model = run.model.model_copy(update={"weights": best.weights, "keep": keep, **chosen})
             train = run.train.model_copy(update={"optimizer": optimizer})
             return run.model_copy(update={"model": model, "train": train})
         least = min(least, *(c.need.peak for c in usable))
@@ -150,9 +181,17 @@ def _described(run: Run) -> str:
     keep = run.model.keep
     levels = keep if isinstance(keep, str) else mix(keep)
     streamed = f"model.stream {run.model.stream}, " if run.model.stream else ""
-    return f"model.weights {run.model.weights}, {streamed}model.keep {levels}, train.optimizer {run.train.optimizer}"
+    offloaded = f"model.offload {run.model.offload}, " if run.model.offload else ""
+    return (
+        f"model.weights {run.model.weights}, {streamed}model.keep {levels}, {offloaded}train.optimizer "
+        f"{run.train.optimizer}"
+    )
 
 
 def _parts(run: Run, config: O1Config, work: Work, strategy: Strategy) -> str:
     parts = vars(need(config, run.lora.rank, work, strategy))
-    return ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
+    return ", ".join(
+        f"{name.replace('_', ' ')} {size / GIB:.1f}"
+        for name, size in parts.items()
+        if size or not name.endswith("_on_host")
+    )

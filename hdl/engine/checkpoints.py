@@ -1,114 +1,186 @@
-"""Checkpoints of a run: the adapter, the optimizer's moments and the step.
+"""Checkpoints on disk: folders of safetensors and JSON that are either complete or not there.
 
-A checkpoint is a folder `step-000500` of safetensors and JSON; nothing is pickled. It holds full tensors,
-so it does not depend on the number of ranks, the ZeRO stage or the optimizer: resumed with a bfloat16 master,
-float32 weights are rounded once, and 8-bit moments likewise. Random state, data position and schedule
-need no storing: all are functions of the step (hdl/seeds.py, hdl/data/batches.py). A folder is written
-under a temporary name and renamed when it is complete.
+A checkpoint holds full tensors, so it does not depend on the number of ranks, the ZeRO stage or the optimizer:
+resumed with a bfloat16 master, float32 weights are rounded once, and 8-bit moments likewise. Nothing is pickled.
+No generator's state is in it, because there is none to keep: all random numbers, the batches and the schedule are
+functions of the seed and the step (hdl/seeds.py, hdl/data/batches.py), on every rank.
 
     adapter_model.safetensors, adapter_config.json   the PEFT adapter: its master weights, in float32
     optimizer.safetensors                            exp_avg and exp_avg_sq of every parameter, float32
-    trainer_state.json                               step, and what the run was trained on
+    trainer_state.json                               the step, what the run was trained on, what was skipped
+    config.toml                                      the run's, resolved
+    manifest.json                                    size and SHA-256 of all these; written last
+
+A folder `step-000500` is written under a hidden name, flushed to the disk and renamed; one that goes is renamed to a
+hidden name before it is deleted. Whenever the machine stops, folders with a proper name are whole, and what is
+hidden is swept up by the next start. Order is by step: clocks are not asked.
 """
 
+import hashlib
 import json
 import os
 import re
 import shutil
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from deepspeed import DeepSpeedEngine
-from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from hdl.adapter.flat import by_name, in_flat, trained_parameters
-from hdl.adapter.lora import read_adapter, save_adapter
-from hdl.engine.moments import read_moments, write_moments
-from hdl.engine.processes import Processes
+from hdl.adapter.lora import CONFIG_FILE, WEIGHTS_FILE
 from hdl.errors import HdlError
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "trainer_state.json"
+RUN_FILE = "config.toml"
+MANIFEST_FILE = "manifest.json"
+FILES = {WEIGHTS_FILE, CONFIG_FILE, OPTIMIZER_FILE, STATE_FILE, RUN_FILE}
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint with the highest step in a run's checkpoints folder."""
+class Damaged(HdlError):
+    """A checkpoint that cannot be gone on from; the message says what is wrong with it."""
+
+
+def path_of(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:06d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Those of a run, newest first."""
     found = [p for p in folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name) and p.is_dir()]
-    return max(found, key=lambda p: int(p.name.removeprefix("step-")), default=None)
+    return sorted(found, key=step_of, reverse=True)
+
+
+def newest_good(folder: Path, say: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint that verifies; `say` is told of each newer one, and why it is passed over.
+
+    None when there are no checkpoints; HdlError when there are, and none verifies.
+    """
+    found = checkpoints(folder)
+    wrong = []
+    for checkpoint in found:
+        try:
+            verify(checkpoint)
+        except Damaged as error:
+            wrong.append(str(error))
+            say(f"passed over {error}")
+            continue
+        return checkpoint
+    if found:
+        raise HdlError(
+            f"{folder} holds no checkpoint that is whole: {'; '.join(wrong)}. Remove {folder} to start over"
+        )
+    return None
+
+
+def verify(checkpoint: Path) -> None:
+    """Damaged unless every file is there as it was written."""
+    try:
+        listed = json.loads((checkpoint / MANIFEST_FILE).read_text())
+        files = {str(name): (int(f["bytes"]), str(f["sha256"])) for name, f in listed.items()}
+    except FileNotFoundError:
+        raise Damaged(f"{checkpoint}: it has no {MANIFEST_FILE}, which is written last") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Damaged(f"{checkpoint}: {MANIFEST_FILE} is not readable ({error})") from None
+    if missing := FILES - files.keys():
+        raise Damaged(f"{checkpoint}: {MANIFEST_FILE} does not list {', '.join(sorted(missing))}")
+    for name, (size, digest) in files.items():
+        try:
+            found = (checkpoint / name).stat().st_size
+            if found != size:
+                raise Damaged(f"{checkpoint}: {name} has {found} bytes, expected {size}")
+            if sha256(checkpoint / name) != digest:
+                raise Damaged(f"{checkpoint}: {name} is not what was written (its SHA-256 differs)")
+        except OSError as error:
+            raise Damaged(f"{checkpoint}: {name} is not readable ({error})") from None
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """trainer_state.json; HdlError when the checkpoint is not complete."""
+    """trainer_state.json; Damaged when it is not what this version of hdl writes."""
     try:
         state: dict[str, Any] = json.loads((checkpoint / STATE_FILE).read_text())
-        state["step"] = int(state["step"])
-        return state
-    except (OSError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise _incomplete(checkpoint, error) from None
+        return state | {"step": int(state["step"]), "skipped": int(state["skipped"])}
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise Damaged(f"{checkpoint}: {STATE_FILE} is not readable ({error!r})") from None
 
 
-def adapter_weights(engine: DeepSpeedEngine) -> dict[str, Tensor]:
-    """The adapter's full master weights, float32 on the CPU; every rank must call this."""
-    parameters = trained_parameters(engine.module)
-    weights = {name: safe_get_full_fp32_param(p).float().cpu() for name, p in parameters.items()}
-    return by_name(engine.module, weights)
-
-
-def save_checkpoint(
-    engine: DeepSpeedEngine, folder: Path, step: int, trained_on: dict[str, str], processes: Processes
+def write_checkpoint(
+    folder: Path, step: int, *, texts: Mapping[str, str], tensors: Mapping[str, Mapping[str, Tensor]]
 ) -> Path:
-    """Write the state after `step` steps to folder/step-NNNNNN. Every rank calls this, rank 0 writes.
-
-    HdlError on every rank when it cannot be written; earlier checkpoints are not touched.
-    """
-    weights = adapter_weights(engine)
-    moments = read_moments(engine)
-    final = folder / f"step-{step:06d}"
-    problem = None
-    if processes.is_main:
-        partial = folder / f".{final.name}.partial"
-        try:
-            shutil.rmtree(partial, ignore_errors=True)
-            save_adapter(engine.module, weights, partial)
-            save_file(moments, partial / OPTIMIZER_FILE)
-            (partial / STATE_FILE).write_text(json.dumps({"step": step, **trained_on}, indent=2))
-            _flush(partial)
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-        except (OSError, SafetensorError) as error:
-            problem = HdlError(f"{final}: could not be written ({error}); earlier checkpoints are intact")
-    processes.all_or_none(problem)
+    """Make folder/step-NNNNNN of files by name. OSError or SafetensorError when it cannot be written; what was
+    there before, one of the same step included, is not touched then."""
+    final = path_of(folder, step)
+    partial = folder / f".{final.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    for name, named in tensors.items():
+        save_file({n: t.contiguous() for n, t in named.items()}, partial / name)
+    for name, text in texts.items():
+        (partial / name).write_text(text)
+    listed = {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in sorted(partial.iterdir())}
+    flush(partial)
+    (partial / MANIFEST_FILE).write_text(json.dumps(listed, indent=2))
+    flush(partial)
+    if final.exists():  # one that was passed over
+        discard(final)
+    partial.rename(final)
+    flush_folder(folder)
     return final
 
 
-def restore(engine: DeepSpeedEngine, checkpoint: Path, step: int) -> None:
-    """Bring a fresh engine, whose module already holds the checkpoint's adapter, to where it was saved.
+def prune(
+    folder: Path, *, last: int | None, every: int | None, newest: Path, damaged: Collection[Path] = ()
+) -> list[Path]:
+    """Delete all but the `last` newest checkpoints and those at multiples of `every` steps; what was deleted.
 
-    The module holds the adapter in the training dtype; masters and moments are restored in their own.
+    newest: one that is known to be good, and stays. damaged: those that do not count, and go.
     """
-    weights = in_flat(engine.module, read_adapter(engine.module, checkpoint))
-    for name, parameter in trained_parameters(engine.module).items():
-        safe_set_full_fp32_param(parameter, weights[name].float().to(engine.device))
-    try:
-        write_moments(engine, load_file(checkpoint / OPTIMIZER_FILE), step)
-    except (OSError, SafetensorError, KeyError) as error:
-        raise _incomplete(checkpoint, error) from None
-    engine.global_steps = step
-    engine.lr_scheduler.last_epoch = step - 1
-    engine.lr_scheduler.step()  # the schedule is a function of the step
+    if last is None:
+        return []
+    sound = [c for c in checkpoints(folder) if c not in damaged and step_of(c) <= step_of(newest)]
+    kept = {newest, *sound[:last], *(c for c in sound if every and step_of(c) % every == 0)}
+    gone = [c for c in checkpoints(folder) if c not in kept]
+    for checkpoint in gone:
+        discard(checkpoint)
+    return gone
 
 
-def _flush(folder: Path) -> None:
+def sweep(folder: Path) -> None:
+    """Delete what a run that was killed left half-written or half-deleted."""
+    for left in [*folder.glob(".step-*.partial"), *folder.glob(".step-*.discarded")]:
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def discard(checkpoint: Path) -> None:
+    """Delete a checkpoint such that it is never seen half-deleted."""
+    hidden = checkpoint.with_name(f".{checkpoint.name}.discarded")
+    shutil.rmtree(hidden, ignore_errors=True)
+    checkpoint.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def sha256(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def flush(folder: Path) -> None:
+    """The folder's files are on the disk, and so are their names."""
     for file in folder.iterdir():
         with open(file, "rb+") as written:
             os.fsync(written.fileno())
+    flush_folder(folder)
 
 
-def _incomplete(checkpoint: Path, error: Exception) -> HdlError:
-    return HdlError(
-        f"{checkpoint}: not a complete checkpoint ({type(error).__name__}: {error}); remove it to resume from an "
-        "earlier one"
-    )
+def flush_folder(folder: Path) -> None:
+    """The names in a folder are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -5,8 +5,10 @@ DeepSpeed 0.19 computes in optimizer.step()
     norm = sqrt(sum of g^2 over all ranks' gradients),    g <- g / max(1, (norm + 1e-6) / clip)
 
 but stops the host twice on the way, to mask and to look for a norm that is not finite, and converts the
-whole gradient to float64 first. Here the same is computed where the gradients are. Such a norm is nobody's
-concern in there: hdl reads it later, and stops before anything is kept that came of it.
+whole gradient to float64 first. Here the same is computed where the gradients are. So is what follows from a norm
+that is not finite: torch's AdamW then changes neither weights nor moments nor its count of steps, as it is told by
+a number on the device that only gradient scalers usually set. hdl reads the norm later (hdl/engine/skipping.py).
+Where DeepSpeed waits anyway, for an optimizer in host memory, it is left to look for such gradients itself.
 
 With a bfloat16 master, gradients stay bfloat16 as backward left them, and so does the factor: up to 0.4 %
 off, for all of them alike.
@@ -26,7 +28,13 @@ from torch import Tensor
 def clip_without_waiting(engine: DeepSpeedEngine) -> None:
     """Give the engine's optimizer these; other kinds (ZeRO-3, moments in host memory) keep their own."""
     optimizer = engine.optimizer
-    if isinstance(optimizer, DeepSpeedZeroOptimizer) and not optimizer.cpu_offload:
+    if not isinstance(optimizer, DeepSpeedZeroOptimizer):
+        return
+    if optimizer.cpu_offload:
+        optimizer.check_grad_overflow = True
+    else:
+        if isinstance(optimizer.optimizer, torch.optim.AdamW):
+            optimizer.optimizer.found_inf = torch.zeros((), device=engine.device)  # type: ignore[attr-defined]
         optimizer.scaled_global_norm = partial(_global_norm, optimizer)
         optimizer.unscale_and_clip_grads = partial(_clip, optimizer.clip_grad)
 
@@ -40,7 +48,10 @@ def _global_norm(optimizer: Any) -> Tensor:
     squares = torch.stack(norms).square().sum()
     if dist.get_world_size(optimizer.dp_process_group) > 1:
         dist.all_reduce(squares, group=optimizer.dp_process_group)
-    return squares.sqrt()
+    norm = squares.sqrt()
+    if hasattr(optimizer.optimizer, "found_inf"):
+        optimizer.optimizer.found_inf = norm.isfinite().logical_not().float()
+    return norm
 
 
 def _clip(largest: float, gradients: Iterable[Tensor], norm: Tensor) -> None:

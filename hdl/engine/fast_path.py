@@ -1,5 +1,8 @@
 """Which path a run's decoder takes, fused or plain, and saying so once."""
 
+import tempfile
+from pathlib import Path
+
 import torch
 from peft import PeftModel
 
@@ -9,8 +12,10 @@ from hdl.engine.sharding import read_strategy
 from hdl.errors import HdlError
 from hdl.kernels.fuse import cannot_fuse, flatten, fuse, keep_less, streamed_bytes, supports_fp8
 from hdl.memory.absent import bring_in
+from hdl.memory.cache import FORMS, WeightCache, made_with
 from hdl.memory.host import GIB, available
 from hdl.memory.recompute import recompute_every_layer
+from hdl.o1.checkpoint import open_checkpoint
 from hdl.o1.config import O1Config
 
 
@@ -21,19 +26,49 @@ def may_fuse(run: Run, device: torch.device) -> bool:
         raise HdlError(
             "model.weights nf4 needs a CUDA GPU, this run is on the CPU; use model.weights full or fp8_once"
         )
+    if run.model.offload and device.type != "cuda":
+        raise HdlError(
+            f"model.offload {run.model.offload} moves activations off a CUDA GPU, this run is on the CPU; leave it out"
+        )
+    if run.model.cache:
+        _check_cache(run.model.cache)
     reason = _plain_because(run, device)
     if reason:
         _refuse_plain(run, reason)
     return reason is None
 
 
+def _check_cache(folder: Path) -> None:
+    """HdlError when nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise HdlError(f"model.cache {folder}: cannot be written to ({error}); give another folder") from None
+
+
+def check_layers(run: Run, config: O1Config) -> None:
+    """HdlError when the model has not as many layers as the run's options speak of."""
+    layers, keep = config.num_hidden_layers, run.model.keep
+    if run.model.stream > layers:
+        raise HdlError(
+            f"model.stream {run.model.stream}: the model has {layers} layers; stream at most that many"
+        )
+    if run.model.offload > layers:
+        raise HdlError(
+            f"model.offload {run.model.offload}: the model has {layers} layers; offload at most that many"
+        )
+    if not isinstance(keep, str) and len(keep) != layers:
+        raise HdlError(f"model.keep has {len(keep)} words, the model {layers} layers; give one word for each")
+
+
 def check_stream(run: Run, config: O1Config, dtype: torch.dtype) -> None:
     """HdlError when the model has not as many layers as are to be streamed, or this machine not the memory."""
-    stream, layers = run.model.stream, config.num_hidden_layers
+    check_layers(run, config)
+    stream = run.model.stream
     if not stream:
         return
-    if stream > layers:
-        raise HdlError(f"model.stream {stream}: the model has {layers} layers; stream at most that many")
     needed = stream * streamed_bytes(config, run.model.weights, dtype)
     found, where = available()
     if needed > found:
@@ -82,7 +117,27 @@ class FastPath:
         if self.fused:
             keep, stream = self.settings.keep, self.settings.stream
             levels: str | list[str] = keep if isinstance(keep, str) else list(keep)
-            fuse(self.model, weights=self.weights, keep=levels, stream=stream, ranks=self.processes)
+            cache = self._cache()
+            fuse(
+                self.model, weights=self.weights, keep=levels, stream=stream, offload=self.settings.offload,
+                ranks=self.processes, cache=cache,
+            )  # fmt: skip
+            if cache and self.processes.is_main:
+                print(
+                    f"weights: {len(cache.read)} layers from {cache.folder}, {len(cache.made)} made from the base"
+                )
+
+    def _cache(self) -> WeightCache | None:
+        """Where this run's weights are kept in the form that they have here."""
+        form = FORMS.get(self.weights)
+        if self.settings.cache is None or form is None:
+            return None
+        checkpoint = open_checkpoint(self.settings.base, self.settings.config_from)
+        base = checkpoint.identity(checkpoint.decoder_matrices())
+        dtype = self.model.get_parameter("base_model.model.model.language_model.norm.weight").dtype
+        return WeightCache(
+            self.settings.cache, form, f"{base} {made_with(form, dtype, self.processes.device)}"
+        )
 
     def ease(self) -> bool:
         """Recompute more from now on; False where there is nothing more to recompute."""
@@ -94,6 +149,7 @@ def _refuse_plain(run: Run, reason: str) -> None:
     for option, found, without in (
         ("weights", run.model.weights, "full"),
         ("stream", run.model.stream, 0),
+        ("offload", run.model.offload, 0),
     ):
         if found != without:
             raise HdlError(

@@ -6,30 +6,42 @@ hdl.engine.step), or before anything is saved or drawn.
 
 import gc
 import math
+import os
 import resource
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
-from torch import Tensor
 
-from hdl.adapter.lora import attach, load_adapter, save_adapter
+from hdl.adapter.lora import attach, load_adapter, read_adapter
 from hdl.config import Run
-from hdl.data.batches import Batch, Batches
-from hdl.data.shards import Shards
+from hdl.data.batches import Batches
+from hdl.data.mixture import Mixture, open_mixture
+from hdl.data.packing import Packs
+from hdl.data.picks import Draws
+from hdl.data.reading import Reader
+from hdl.data.steps import BySamples, ByTokens, Cut, Steps
+from hdl.engine.agreement import check_alike
 from hdl.engine.budget import advice, settled
-from hdl.engine.checkpoints import adapter_weights, read_state, restore, save_checkpoint
+from hdl.engine.checkpoints import read_state
+from hdl.engine.ending import last_duties
 from hdl.engine.fast_path import FastPath, check_stream, may_fuse
+from hdl.engine.faults import REQUEUE, Signals
+from hdl.engine.held_out import HeldOut
 from hdl.engine.processes import Processes
-from hdl.engine.run_folder import RunFolder
+from hdl.engine.run_folder import Found, RunFolder
+from hdl.engine.saving import Saver, restore
 from hdl.engine.sharding import check_optimizer, read_strategy, shard, shares
+from hdl.engine.skipping import Skipping, described, drop_gradient, holds_back, keep_to_schedule
 from hdl.engine.step import Measured, TrainStep
 from hdl.engine.validation import Validation, save_picture
+from hdl.engine.watch import Watch
 from hdl.errors import HdlError
 from hdl.flow.noise import VARIANTS
 from hdl.flow.sigma import draw_sigmas
 from hdl.o1.checkpoint import Checkpoint, load_model, open_checkpoint
-from hdl.report.curves import Reporter, StepReport
+from hdl.report.curves import Reporter, StepReport, means_by_band
 from hdl.transfer import Mark, Reading
 
 GIB = 2**30
@@ -44,9 +56,10 @@ class Prepared:
     expected: str | None
     folder: RunFolder
     checkpoint: Checkpoint
-    shards: Shards
+    mixture: Mixture
     validation: Validation
     trained_on: dict[str, str]
+    found: Found  # rank 0's: what to continue
 
 
 def prepare(run: Run, processes: Processes) -> Prepared:
@@ -54,37 +67,53 @@ def prepare(run: Run, processes: Processes) -> Prepared:
 
     Ranks may fail alone here: the caller tells the others.
     """
-    shares(run.train, processes.world)
+    micro, _ = shares(run.train, processes.world)
     read_strategy(run.train.deepspeed)
     check_optimizer(run.train, processes.device, _dtype(run, processes))
     fuses = may_fuse(run, processes.device)
     checkpoint = open_checkpoint(run.model.base, run.model.config_from, run.model.random_init)
     fingerprint = checkpoint.fingerprint()
-    shards = Shards(run.data.shards, fingerprint)
-    run, expected = settled(run, checkpoint.config, shards.infos, processes, fuses and not run.lora.dropout)
+    mixture = open_mixture(run.data, fingerprint)
+    largest = mixture.longest(micro)
+    run, expected = settled(run, checkpoint.config, largest, processes, fuses and not run.lora.dropout)
     check_stream(run, checkpoint.config, _dtype(run, processes))
     validation = Validation(run, checkpoint, processes)
-    trained_on = {"base": fingerprint, "data": shards.dataset_hash}
-    folder = RunFolder(run.save.output)
+    adapter = f"rank {run.lora.rank}, targets {run.lora.targets}"
+    trained_on = {"base": fingerprint, "data": mixture.dataset_hash, "adapter shape": adapter}
+    folder, found = RunFolder(run.save.output), Found()
+    _cut(run, mixture, micro, {})  # for what can be wrong with it
     if processes.is_main:
         folder.check(run)
-        if run.resume:
-            _check_same_run(read_state(folder.to_resume()), trained_on, folder)
+        folder.hold()
+        folder.check(run)  # nobody else changes it now
+        if run.resume != "no":
+            found = folder.find(run, trained_on)
         folder.claim(run)
-    return Prepared(run, fuses, expected, folder, checkpoint, shards, validation, trained_on)
+    return Prepared(run, fuses, expected, folder, checkpoint, mixture, validation, trained_on, found)
 
 
-def _check_same_run(state: dict[str, str], trained_on: dict[str, str], folder: RunFolder) -> None:
-    for what, now in trained_on.items():
-        if state.get(what) != now:
-            raise HdlError(
-                f"{folder.path} was trained on another {what} ({state.get(what)}) than this config's ({now}); "
-                "resume it with its own config.toml, or start in another folder"
-            )
+def _cut(run: Run, mixture: Mixture, micro: int, state: dict[str, Any]) -> Cut:
+    """How the data's stream is cut into steps. state: of the checkpoint that the run goes on from."""
+    train, data = run.train, run.data
+    draws = Draws(
+        mixture, train.seed,
+        caption_dropout=data.caption_dropout, mirror=data.mirror, window=data.window, lanes=data.lanes,
+    )  # fmt: skip
+    if train.micro_batch_tokens is None or train.batch_packs is None:
+        return BySamples(draws, train.batch_size, micro)
+    return ByTokens(Packs(draws, train.micro_batch_tokens, state.get("packs")), train.batch_packs)
 
 
-def train(run: Run, processes: Processes) -> None:
-    """Train the adapter; HdlError for everything a user can mend."""
+def train(run: Run, processes: Processes) -> int:
+    """Train the adapter; the process's exit status. HdlError for everything a user can mend."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):  # torchrun starts this job again, by itself
+        run = run.model_copy(update={"resume": "auto"})
+    check_alike(run, processes)
+    with Signals() as signals, Watch(processes, run.train.patience) as watch:
+        return _train(run, processes, signals, watch)
+
+
+def _train(run: Run, processes: Processes, signals: Signals, watch: Watch) -> int:
     try:
         prepared, problem = prepare(run, processes), None
     except HdlError as error:
@@ -92,23 +121,32 @@ def train(run: Run, processes: Processes) -> None:
     processes.all_or_none(problem)
 
     run = prepared.run
+    found: Found = processes.gather(prepared.found)[0]
     dtype = _dtype(run, processes)
     model = load_model(prepared.checkpoint, processes.device, dtype, absent=prepared.fuses)
     adapted = attach(model, run.lora, str(run.model.base), run.train.seed)
-    done = 0
-    if run.resume:
-        newest = prepared.folder.to_resume()
-        done = read_state(newest)["step"]
-        load_adapter(adapted, newest)
+    state = read_state(found.newest) if found.newest else {"step": 0, "skipped": 0}
+    steps = Steps(_cut(run, prepared.mixture, shares(run.train, processes.world)[0], state), processes.world)
+    if found.newest:
+        weights = read_adapter(adapted, found.newest)  # now: ZeRO-3 leaves no shapes to hold them to
+        load_adapter(adapted, found.newest)
     path = FastPath(run, adapted, processes)
     path.prepare()
     engine = shard(adapted, run.train, dtype, processes)
     path.apply()
-    if run.resume:
-        restore(engine, newest, done)
+    if found.newest:
+        restore(engine, found.newest, weights, state["step"], state["step"] - state["skipped"])
+    saver = Saver(engine, processes, prepared.folder, run.save, prepared.trained_on, found)
     if processes.is_main:
-        _announce(run, prepared, processes, dtype, done)
-    Loop(run, prepared, processes, engine, done, dtype=dtype, path=path).go()
+        _announce(run, prepared, processes, dtype, steps, state["step"])
+    loop = Loop(
+        run, prepared, processes, engine, steps, state,
+        dtype=dtype, path=path, saver=saver, signals=signals, watch=watch,
+    )  # fmt: skip
+    try:
+        return loop.go()
+    finally:
+        prepared.folder.release()
 
 
 @dataclass(frozen=True)
@@ -121,87 +159,153 @@ class Taken:
     lr: float
     start: Mark
     peak_memory: float
+    images: int
+    waited: float
+    waste: float | None
+    samples: list[tuple[str, float]]  # this rank's, with their sigmas
 
 
 class Loop:
     """The steps themselves, with what happens between them."""
 
     def __init__(
-        self, run: Run, prepared: Prepared, processes: Processes, engine: DeepSpeedEngine, done: int,
-        *, dtype: torch.dtype, path: FastPath,
+        self, run: Run, prepared: Prepared, processes: Processes, engine: DeepSpeedEngine, steps: Steps,
+        state: dict[str, Any], *, dtype: torch.dtype, path: FastPath, saver: Saver, signals: Signals, watch: Watch,
     ) -> None:  # fmt: skip
+        """state: of the checkpoint that the run goes on from."""
         self.run, self.prepared, self.processes, self.engine = run, prepared, processes, engine
-        self.done = done  # optimizer steps taken so far
+        self.done = self.first = done = state["step"]  # steps so far, skipped ones included
+        self.saver, self.signals, self.watch = saver, signals, watch
+        self.stalled: tuple[int, Mark, Mark] | None = (
+            None  # by a save: after which step, from when, until when
+        )
+        self.skipping = Skipping(run.train, prepared.folder.skipped if processes.is_main else None, state)
         self.path, self.eased = path, False
         self.train_step = TrainStep(
             engine, processes,
             variant=VARIANTS[run.model.variant], flow=run.flow, seed=run.train.seed, dropout=run.lora.dropout,
-            dtype=dtype, fused=path.fused, ease=self._ease,
+            dtype=dtype, fused=path.fused, ease=self._ease, concern=self._concern,
         )  # fmt: skip
         self.taken: Taken | None = None
         self.start = Mark(processes.device)  # of the next step
-        micro, _ = shares(run.train, processes.world)
-        self.batches = Batches(
-            prepared.shards,
-            batch_size=run.train.batch_size,
-            micro_batch_size=micro,
-            rank=processes.rank,
-            world=processes.world,
-            seed=run.train.seed,
-            caption_dropout=run.data.caption_dropout,
-            pin_memory=processes.device.type == "cuda",
-        )
+        self.steps = steps
+        reader = Reader(prepared.mixture, run.train.seed, run.data.max_lost, processes.rank)
+        self.batches = Batches(self.steps, reader, processes.rank, pin_memory=processes.device.type == "cuda")
+        self.held_out = HeldOut(run, prepared.mixture, processes, dtype, path.fused)
         self.reporter = (
             Reporter(prepared.folder.tensorboard, done, run.train.steps) if processes.is_main else None
         )
 
-    def go(self) -> None:
+    def go(self) -> int:
+        """The process's exit status: 0 after the last step, REQUEUE when the run was asked to stop before."""
         run, steps = self.run, self.run.train.steps
+        last_duties[:] = [self.saver.join, *([self.reporter.flush] if self.reporter else [])]
+        self.signals.stepping = True
         self.engine.train()  # dropout on; drawing pictures switches it off and on again
         try:
             if self.done == 0:
-                self._draw_pictures()
+                self._validate()
             while self.done < steps:
-                self._step()
+                concerned = self._step()
                 last = self.done == steps
+                asked = self._attend() if concerned else None
+                if asked and not last:
+                    return self._stop_as_asked(asked)
                 if last or self.done % run.save.every == 0:
                     self._save()
                 if last or self.done % run.validation.every == 0:
-                    self._draw_pictures()
-            self._save_adapter()
+                    self._validate()
+            self.saver.finish()
+            self._install_adapter()
+            self._tell_what_was_drawn()
+            return 0
         except (HdlError, KeyboardInterrupt):
             self._settle()  # the curves end with the last step that was taken
             raise
         finally:
             self.batches.close()
+            self.saver.close()
             if self.reporter:
                 self.reporter.close()
 
-    def _step(self) -> None:
+    def _step(self) -> bool:
+        """Whether a rank wants the run to be looked at before the next step."""
         step, train, flow = self.done, self.run.train, self.run.flow
+        batches = self.batches.of_step(step)
+        plan = self.steps.plan(step)
         sigmas = draw_sigmas(
-            train.batch_size, train.seed, step,
+            plan.samples, train.seed, step,
             distribution=flow.sigma, mean=flow.logit_mean, std=flow.logit_std, shift=flow.shift,
         )  # fmt: skip
         lr = self.engine.get_lr()[0]  # of this step
-        batches = self.batches.of_step(step)
+        samples = [(k, float(sigmas[p])) for batch in batches for k, p in zip(batch.keys, batch.places)]
+        if step >= self.first + 2:  # the first ones compile, each rank at its own pace
+            self.watch.at(step)
         reading = self.train_step.forward_backward(step, batches, sigmas)
         self._settle()
         measured = Measured.read(reading)
-        if not math.isfinite(measured.loss):
-            self._stop_at_nan(batches, sigmas)
-        grad_norm = self.train_step.update()
-        self.done += 1
-        peak = _peak_memory(self.processes.device)
-        self.taken = Taken(self.done, measured, grad_norm, lr, self.start, peak)
-        self.start = grad_norm.mark
+        if why := self.skipping.objection(measured.loss):
+            self._skip(step + 1, f"the loss of step {step + 1} {why}", samples)
+            drop_gradient(self.engine)
+            self.done += 1
+            self.start = Mark(self.processes.device)
+        else:
+            grad_norm = self.train_step.update()
+            keep_to_schedule(self.engine)
+            self.done += 1
+            peak = _peak_memory(self.processes.device)
+            waste = None
+            if train.micro_batch_tokens:
+                waste = 1 - plan.tokens / (len(plan.packs) * train.micro_batch_tokens)
+            self.taken = Taken(
+                self.done, measured, grad_norm, lr, self.start, peak, plan.samples, self.batches.waited, waste,
+                samples,
+            )  # fmt: skip
+            self.start = grad_norm.mark
+        return measured.concerned > 0
+
+    def _concern(self) -> bool:
+        return self.signals.asked is not None or self.saver.problem() is not None
+
+    def _attend(self) -> str | None:
+        """The signal that asked a rank to stop; HdlError on every rank when a checkpoint could not be written."""
+        self.processes.all_or_none(self.saver.problem())
+        return next((signal for signal in self.processes.gather(self.signals.asked) if signal), None)
+
+    def _stop_as_asked(self, signal: str) -> int:
+        path = self._save()
+        self.saver.finish()
+        if self.reporter:
+            self.prepared.folder.ask_for_requeue(signal, self.done)
+            self.reporter.say(
+                f"{signal}: stopped after step {self.done}, saved in {path}; --resume auto goes on"
+            )
+        return REQUEUE
+
+    def _skip(self, step: int, what: str, samples: list[tuple[str, float]]) -> None:
+        """Report a step that is not taken; HdlError when there have been too many. samples: this rank's."""
+        everyone = [sample for part in self.processes.gather(samples) for sample in part]
+        if not self.skipping.may():
+            saved = self._save()
+            self.saver.finish()
+            raise HdlError(
+                f"{what}; the state before it is kept in {saved}. Its samples: {described(everyone)}. "
+                f"{self.skipping.count} steps have been skipped so far ({self.prepared.folder.skipped}). Look at these "
+                f"images, or resume with a lower train.lr, or with train.max_skipped above {self.run.train.max_skipped}",
+                on_all_ranks=True,
+            )
+        self.skipping.record(step, what, everyone)
+        if self.reporter:
+            line = f"skipped a step: {what}. Its samples: {described(everyone)}"
+            self.reporter.skipped(step, self.skipping.count, line)
 
     def _ease(self, lacking: str) -> None:
         """After a micro-batch that ran out of memory: recompute more, once. HdlError the second time."""
         step, said = self.done + 1, lacking.split(". ")[:2]
         if self.eased or not self.path.ease():
             prepared = self.prepared
-            config, infos = prepared.checkpoint.config, prepared.shards.infos
+            config = prepared.checkpoint.config
+            infos = prepared.mixture.longest(shares(self.run.train, self.processes.world)[0])
             raise HdlError(
                 f"step {step} ran out of memory ({'. '.join(said)}); what is saved in {prepared.folder.checkpoints} is "
                 f"good. To go on from there, {advice(self.run, config, infos, self.processes)}"
@@ -218,18 +322,25 @@ class Loop:
 
     def _settle(self) -> None:
         """See how the last step ended, and report it; HdlError when its gradient was not finite."""
+        stalled, self.stalled = self.stalled, None
+        if stalled and self.reporter:
+            step, before, after = stalled
+            after.wait()
+            self.reporter.saved(step, after.seconds_since(before))
         taken, self.taken = self.taken, None
         if not taken:
             return
         grad_norm = float(taken.grad_norm.wait())
         if not math.isfinite(grad_norm):
-            raise HdlError(
-                f"the gradient of step {taken.number} is not finite, though its loss is ({taken.measured.loss:.4g}); "
-                f"nothing was saved after it. Resume from the last checkpoint in {self.prepared.folder.checkpoints} "
-                "with a lower train.lr",
-                on_all_ranks=True,
-            )
-        if self.reporter:
+            what = f"the gradient of step {taken.number} is not finite, though its loss is ({taken.measured.loss:.4g})"
+            if not (self.skipping.may() and holds_back(self.engine)):
+                raise HdlError(
+                    f"{what}; nothing was saved after it. Resume from the last checkpoint in "
+                    f"{self.prepared.folder.checkpoints} with a lower train.lr",
+                    on_all_ranks=True,
+                )
+            self._skip(taken.number, what, taken.samples)
+        elif self.reporter:
             self.reporter.step(taken.number, self._report(taken, grad_norm))
 
     def _report(self, taken: Taken, grad_norm: float) -> StepReport:
@@ -238,43 +349,67 @@ class Loop:
             bands=taken.measured.bands,
             grad_norm=grad_norm,
             lr=taken.lr,
-            images=self.run.train.batch_size,
+            images=taken.images,
             tokens=taken.measured.tokens,
             seconds=taken.grad_norm.mark.seconds_since(taken.start),
             peak_memory=taken.peak_memory,
-        )
-
-    def _stop_at_nan(self, batches: list[Batch], sigmas: Tensor) -> None:
-        """The step's gradients are thrown away: what is saved is the state before it."""
-        saved = self._save()
-        places = [place for batch in batches for place in batch.places]
-        keys = [key for batch in batches for key in batch.keys]
-        everyone = self.processes.gather(
-            [f"{k} at sigma {float(sigmas[p]):.4f}" for k, p in zip(keys, places)]
-        )
-        samples = ", ".join(text for texts in everyone for text in texts)
-        raise HdlError(
-            f"the loss of step {self.done + 1} is not finite; the state before it is kept in {saved}. Its samples: "
-            f"{samples}. Look at these images, or resume with a lower train.lr",
-            on_all_ranks=True,
+            waited=taken.waited,
+            waste=taken.waste,
         )
 
     def _save(self) -> str:
+        """Begin to write a checkpoint, unless there is one of this step; where it will be."""
         self._settle()
-        path = save_checkpoint(
-            self.engine, self.prepared.folder.checkpoints, self.done, self.prepared.trained_on, self.processes
-        )
         if self.reporter:
-            self.reporter.say(f"saved {path}")
-            self.reporter.flush()
+            shares_drawn = self.batches.tally.shares()
+            self.reporter.scalars(self.done, {f"data/share/{name}": s for name, s in shares_drawn.items()})
+            self.reporter.flush()  # a checkpoint is never ahead of its curves
+        with self.watch.excused():  # rank 0's disk may still be at the one before
+            before = Mark(self.processes.device)
+            say = self.reporter.say if self.reporter else None
+            state = self.skipping.state() | {"packs": self.steps.cut.state(self.done)}
+            after = self.saver.save(self.done, state, say)
+        if after:
+            self.stalled = self.done, before, after
         self.start = Mark(self.processes.device)  # this took no step's time
-        return str(path)
+        return str(self.saver.path(self.done))
 
-    def _save_adapter(self) -> None:
-        weights = adapter_weights(self.engine)
+    def _install_adapter(self) -> None:
+        problem = None
         if self.reporter:
-            save_adapter(self.engine.module, weights, self.prepared.folder.adapter)
-            self.reporter.say(f"adapter: {self.prepared.folder.adapter}")
+            self._settle()  # the last save's time
+            try:
+                self.saver.install_adapter(self.prepared.folder.adapter)
+                self.reporter.say(f"adapter: {self.prepared.folder.adapter}")
+            except HdlError as error:
+                problem = error
+        self.processes.all_or_none(problem)
+
+    def _tell_what_was_drawn(self) -> None:
+        lost: dict[str, str] = {}
+        for of_rank in self.processes.gather(self.batches.reader.lost):
+            lost |= of_rank
+        if self.reporter:
+            for line in (
+                self.batches.tally.describe(),
+                *(f"lost: {name}: {why}" for name, why in lost.items()),
+            ):
+                if line:
+                    self.reporter.say(line)
+
+    def _validate(self) -> None:
+        self._measure_held_out()
+        self._draw_pictures()
+
+    def _measure_held_out(self) -> None:
+        if not self.held_out.count:
+            return
+        self._settle()
+        measured = self.held_out.measure(self.engine.module)
+        if self.reporter:
+            curves = means_by_band("held_out", measured.bands)
+            self.reporter.scalars(self.done, {"held_out/loss": measured.loss} | curves)
+        self.start = Mark(self.processes.device)
 
     def _draw_pictures(self) -> None:
         if not self.prepared.validation.prompts:
@@ -289,9 +424,10 @@ class Loop:
 
 
 def _peak_memory(device: torch.device) -> float:
-    """GiB: allocated on the GPU, or the process's largest resident size on a CPU."""
+    """GiB: reserved on the GPU by PyTorch's allocator, which has what CUDA graphs hold between steps too, or the
+    process's largest resident size on a CPU."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / GIB
+        return torch.cuda.max_memory_reserved() / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
 
 
@@ -301,12 +437,17 @@ def _dtype(run: Run, processes: Processes) -> torch.dtype:
     return getattr(torch, run.model.dtype)
 
 
-def _announce(run: Run, prepared: Prepared, processes: Processes, dtype: torch.dtype, done: int) -> None:
+def _announce(
+    run: Run, prepared: Prepared, processes: Processes, dtype: torch.dtype, steps: Steps, done: int
+) -> None:
+    for line in prepared.found.passed_over:
+        print(line)
     start = f"resuming after step {done}" if done else "starting"
     print(
-        f"{start}: {len(prepared.shards.infos)} images, {run.train.batch_size} a step on {processes.world} "
+        f"{start}: {len(prepared.mixture.columns):,} images, {steps.cut.describe()} on {processes.world} "
         f"process(es) on {processes.device.type}, {str(dtype).removeprefix('torch.')}, LoRA rank {run.lora.rank}, "
         f"{run.train.deepspeed.stem}; curves: tensorboard --logdir {prepared.folder.tensorboard}"
     )
+    print(prepared.mixture.describe())
     if prepared.expected:
         print(prepared.expected)

@@ -14,12 +14,14 @@ import torch
 from torch import nn
 from transformers import get_scheduler
 
+from hdl.adapter.flat import flat_parameter
 from hdl.config import Train
 from hdl.engine.clipping import clip_without_waiting
 from hdl.engine.processes import Processes
 from hdl.engine.rounding_adamw import RoundingAdamW
 from hdl.errors import HdlError
 
+LARGEST_BUCKET = 200_000_000  # elements
 SET_BY_HDL = (
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
@@ -50,7 +52,17 @@ def read_strategy(path: Path) -> dict[str, Any]:
 
 
 def shares(train: Train, world: int) -> tuple[int, int]:
-    """(samples a rank packs into one micro-batch, micro-batches a step); HdlError when they come out odd."""
+    """(samples a rank packs into one micro-batch, micro-batches a step); HdlError when they come out odd.
+
+    A pack that is filled by tokens counts as one sample.
+    """
+    if train.batch_packs:
+        if train.batch_packs % world:
+            raise HdlError(
+                f"train.batch_packs {train.batch_packs} is not a multiple of the {world} processes; start with "
+                f"train.batch_packs {math.ceil(train.batch_packs / world) * world}, or another number of processes"
+            )
+        return 1, train.batch_packs // world
     if train.batch_size % world:
         raise HdlError(
             f"train.batch_size {train.batch_size} is not a multiple of the {world} processes; start with "
@@ -110,12 +122,14 @@ def shard(
     kind = {"constant": "constant_with_warmup", "cosine": "cosine"}[train.schedule]
     scheduler = get_scheduler(kind, optimizer, train.warmup_steps, train.steps)
     strategy = read_strategy(train.deepspeed)
+    if strategy["zero_optimization"]["stage"] < 3:
+        strategy["zero_optimization"].setdefault("reduce_bucket_size", bucket_size(model, parameters))
     if processes.world == 1 and strategy["zero_optimization"]["stage"] < 3:
         # there is nothing to overlap, and for the right to it every backward waits for the GPU
         strategy["zero_optimization"]["overlap_comm"] = False
     in_place = train.master == "bfloat16"
     settings = strategy | {
-        "train_batch_size": train.batch_size,
+        "train_batch_size": micro * accumulation * processes.world,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": train.grad_clip,
@@ -143,6 +157,18 @@ def shard(
         _step_the_adapter_itself(engine)
     clip_without_waiting(engine)
     return engine
+
+
+def bucket_size(model: nn.Module, parameters: list[nn.Parameter]) -> int:
+    """Elements of the bucket in which DeepSpeed gathers gradients before it averages them over the ranks.
+
+    It is allocated anew in every backward pass, and twice where communication overlaps: at DeepSpeed's own 5e8
+    elements, 1 to 2 GB beside a decoder whose activations CUDA graphs do not give back. The many small gradients of
+    plain modules have to fit; a gradient larger than the bucket, as the flat adapter's, is averaged where it is.
+    """
+    flat = flat_parameter(model)
+    gathered = sum(p.numel() for p in parameters if p is not flat)
+    return min(max(gathered, 1), LARGEST_BUCKET)
 
 
 def _step_the_adapter_itself(engine: deepspeed.DeepSpeedEngine) -> None:

@@ -24,7 +24,7 @@ from hdl.flow.noise import Variant
 from hdl.flow.step import flow_matching_loss
 from hdl.report.curves import band_sums
 from hdl.seeds import derive_seed, seeded
-from hdl.transfer import Reading
+from hdl.transfer import Reading, send
 
 
 class Engine(Protocol):
@@ -45,13 +45,14 @@ class Measured:
 
     loss: float
     tokens: int
+    concerned: int  # ranks that want the run to be looked at after this step
     bands: Tensor  # from band_sums
 
     @classmethod
     def read(cls, reading: Reading) -> "Measured":
         """Waits for a `forward_backward`'s numbers."""
         values = reading.wait()
-        return cls(float(values[0]), int(values[1]), values[2:].view(2, -1))
+        return cls(float(values[0]), int(values[1]), int(values[2]), values[3:].view(2, -1))
 
 
 class TrainStep:
@@ -60,15 +61,16 @@ class TrainStep:
     def __init__(
         self, engine: Engine, processes: Processes,
         *, variant: Variant, flow: Flow, seed: int, dropout: float, dtype: torch.dtype, fused: bool,
-        ease: Callable[[str], None] | None = None,
+        ease: Callable[[str], None] | None = None, concern: Callable[[], bool] = lambda: False,
     ) -> None:  # fmt: skip
         """variant, flow, seed, dtype, fused: as flow_matching_loss takes them; dropout: the adapter's. ease:
         called when a micro-batch ran out of memory, with what the allocator said; when it returns, the
-        micro-batch is tried again."""
+        micro-batch is tried again. concern: whether this rank wants the run to be looked at after the step; all
+        ranks learn of it with the step's numbers."""
         self.engine, self.processes = engine, processes
         self.variant, self.flow, self.seed = variant, flow, seed
         self.dropout, self.dtype, self.fused = dropout, dtype, fused
-        self.ease = ease
+        self.ease, self.concern = ease, concern
 
     def forward_backward(self, step: int, batches: Sequence[Batch], sigmas: Tensor) -> Reading:
         """Queue a step's gradient; its numbers, for `Measured.read`, arrive when its forward passes are done.
@@ -98,7 +100,7 @@ class TrainStep:
                 self.engine, batch.to(self.processes.device), sigmas, step,
                 variant=self.variant, flow=self.flow, seed=self.seed, fused=self.fused, dtype=self.dtype,
             )  # fmt: skip
-            told.tell(i, _measured(loss, batch, sigmas, errors))
+            told.tell(i, _measured(loss, batch, sigmas, errors, i == 0 and self.concern()))
             # DeepSpeed averages gradients over ranks and micro-batches; `loss` is a part of a sum.
             self.engine.backward(loss * (self.processes.world * told.count))
         except torch.OutOfMemoryError as error:
@@ -134,9 +136,9 @@ class _Told:
             self.reading = Reading(self.processes.sum(total), self.processes.device)
 
 
-def _measured(loss: Tensor, batch: Batch, sigmas: Tensor, errors: Tensor) -> Tensor:
-    """What adds up over micro-batches and ranks, in one float64 vector on the loss's device: loss, tokens,
-    then band_sums, flattened."""
-    tokens = torch.full((1,), batch.layout.tokens, dtype=torch.float64, device=loss.device)
+def _measured(loss: Tensor, batch: Batch, sigmas: Tensor, errors: Tensor, concerned: bool) -> Tensor:
+    """What adds up over micro-batches and ranks, in one float64 vector on the loss's device: loss, tokens, ranks
+    concerned, then band_sums, flattened."""
+    counted = send(torch.tensor([batch.layout.tokens, concerned], dtype=torch.float64), loss.device)
     sums = band_sums(sigmas[batch.places], errors)
-    return torch.cat([loss.detach().double().view(1), tokens, sums.flatten()])
+    return torch.cat([loss.detach().double().view(1), counted, sums.flatten()])

@@ -32,8 +32,9 @@ def flow_matching_loss(
     """The micro-batch's part of the step's loss, and each sample's own error.
 
     sigmas: float32 [global batch], this step's noise levels, in host memory. The step's loss is the mean
-    over all patches of the global batch of the weighted patch error; what is returned sums to it over
-    micro-batches and ranks. The second value, float32 [B] and detached, is each sample's mean unweighted x0 error.
+    over all patches of the global batch of the weighted patch error (weighted by noise level, and by sample as
+    the batch says); what is returned sums to it over micro-batches and ranks. The second value, float32 [B] and
+    detached, is each sample's mean unweighted x0 error.
 
     dtype: what the noisy patches are written in, the model's own. fused: the model takes its errors where
     its head is (hdl/kernels/head_loss.py), and returns these instead of x_pred.
@@ -42,9 +43,8 @@ def flow_matching_loss(
     counts = batch.patch_counts
     levels = sigmas[batch.places]
     # All that the forward pass waits for goes in one copy.
-    sigma, t, weights = send(
-        torch.stack([levels, 1.0 - levels, loss_weights(levels, flow.weighting)]), device
-    )
+    factors = loss_weights(levels, flow.weighting) * torch.tensor(batch.weights)
+    sigma, t, weights = send(torch.stack([levels, 1.0 - levels, factors]), device)
     z = noise_patches(
         batch.patches, sigma, counts, noise_keys(batch.places, seed, step),
         noise_scale=variant.noise_scale, clip=variant.clip, dtype=dtype,

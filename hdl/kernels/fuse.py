@@ -6,7 +6,7 @@ modules stay what they are, now views of packed and flat tensors. The plain path
 what the fast one is tested against.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import cast
 
@@ -31,7 +31,9 @@ from hdl.kernels.restored import (
 )
 from hdl.kernels.rms_norm import rms_norm, rms_norm_backward
 from hdl.kernels.scratch import Scratch
-from hdl.memory.host import Ranks
+from hdl.memory.cache import WeightCache
+from hdl.memory.host import Alone, Ranks, first_of_machine
+from hdl.memory.offload import Offload, carried
 from hdl.memory.streaming import Streaming, block_bytes, spread
 from hdl.o1.config import O1Config
 from hdl.o1.decoder import Decoder, DecoderLayer, RMSNorm
@@ -53,27 +55,39 @@ def fuse(
     weights: str = "full",
     keep: str | list[str] = "everything",
     stream: int = 0,
+    offload: int = 0,
     ranks: Ranks | None = None,
+    cache: WeightCache | None = None,
 ) -> None:
     """Put a flattened model's decoder on the fast path (flattening it, if that was not done).
 
     weights: a form of FORMS for the decoder's frozen weights; those that are absent (hdl/memory/absent.py) are
     read and brought into it one by one. keep: a level of `hdl.kernels.layer.KEPT`, or one for each layer.
     stream: layers whose frozen weights stay in host memory (hdl/memory/streaming.py), shared by the `ranks` of a
-    machine, who then all fuse together; None: a process alone. ValueError when there are not that many layers,
-    keep is none of these, or the model `cannot_fuse`; HdlError when the host has not got the memory.
+    machine, who then all fuse together; None: a process alone. offload: layers whose kept things wait there between
+    forward and backward (hdl/memory/offload.py). cache: of this form, from which weights come instead, and where they
+    go if they are not there (hdl/memory/cache.py). ValueError when there are not that many layers, keep is none of
+    these, or the model `cannot_fuse`; HdlError when the host has not got the memory.
     """
     scratch = Scratch()
     count = len(_decoder(adapted).layers)
-    if not 0 <= stream <= count:
-        raise ValueError(f"stream {stream}: expected 0 to {count}, the number of layers")
+    for name, layers in (("stream", stream), ("offload", offload)):
+        if not 0 <= layers <= count:
+            raise ValueError(f"{name} {layers}: expected 0 to {count}, the number of layers")
     streamed = spread(stream, count) if stream else []
     packed: list[Packed] = [partial(FORMS[weights], scratch=scratch)] * count
     for i in streamed:
         packed[i] = partial(STREAMED[weights], scratch=scratch, resident=False)
+    if cache:
+        # A streamed layer is brought in by one rank of a machine, which it is for that rank to write.
+        first = first_of_machine(ranks or Alone())
+        writes = [first or i in streamed for i in range(count)]
+        cache.attach([frozen_linears(layer) for layer in _layers(adapted)], writes)
     fused = fuse_with(adapted, packed, keep)
     if streamed:
         fused.stream(streamed, ranks)
+    if offload:
+        fused.offload_from(carried(offload, count))
 
 
 # Makes one of modules that share their input.
@@ -96,6 +110,16 @@ STREAMED: dict[str, Callable[..., RestoredLinear]] = {
     "fp8_stored": Fp8StoredLinear,
     "nf4": Nf4Linear,
 }
+
+
+def frozen_linears(layer: DecoderLayer) -> dict[str, nn.Linear]:
+    """The frozen linears of a layer, by their names in it."""
+    bases = {id(base_of(module)) for modules in packs(layer) for module in modules}
+    return {
+        name.removesuffix(".base_layer"): cast(nn.Linear, module)
+        for name, module in layer.named_modules()
+        if id(module) in bases
+    }
 
 
 def streamed_bytes(config: O1Config, weights: str, dtype: torch.dtype) -> int:
@@ -141,6 +165,7 @@ def keep_less(adapted: PeftModel) -> bool:
     for layer in fused.layers:
         layer.keep = levels[min(levels.index(layer.keep) + 1, len(levels) - 1)]
     fused.shared.forget()
+    fused.offload.forget()
     if fused.graphs:
         fused.graphs.start_over()
     return [layer.keep for layer in fused.layers] != before
@@ -183,6 +208,8 @@ class FusedDecoder:
         self.layers: list[FusedLayer] = []
         self.graphs: Graphs | None = None
         self.streaming = Streaming()
+        self.offload = Offload()
+        self.offloaded: list[int] = []  # layers
         self._last_run: tuple[Layout, Run] | None = None
         start = 0
         for layer, kind, keep in zip(_decoder_layers(decoder), packed, levels):
@@ -199,26 +226,38 @@ class FusedDecoder:
         for j, i in enumerate(layers):
             self.layers[i].visit = self.streaming.visits(j)
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+    def offload_from(self, layers: list[int]) -> None:
+        """Let what these layers keep wait in host memory."""
+        self.offload, self.offloaded = Offload(len(layers), self.shared.flat.device), layers
+        for j, i in enumerate(layers):
+            self.layers[i].keeper = self.offload.keeper(j)
+
+    def forward(self, x: Tensor, layout: Layout, deepstack: Sequence[Tensor] = ()) -> Tensor:
         """As Decoder.forward: x [S, D] -> [S, D]."""
         self.copies.refresh()
-        if self.graphs and torch.is_grad_enabled():
+        seen = layout.seen_index, deepstack
+        if self.graphs and torch.is_grad_enabled() and not deepstack:  # which no graph has among its inputs
             replayed = self.graphs(x, layout)
             if replayed is not None:
                 return replayed
         self.streaming.prepare("forward")
         try:
-            return self.passes(x, self._run_of(layout, x))
+            return self.passes(x, self._run_of(layout, x), seen)
         except torch.OutOfMemoryError:
             if not (self.graphs and self.graphs.drop()):
                 raise
-        return self.passes(x, self._run_of(layout, x))
+        return self.passes(x, self._run_of(layout, x), seen)
 
-    def passes(self, x: Tensor, run: Run) -> Tensor:
-        """All layers, with the adapter's values as they were last brought in."""
-        x = Entrance.apply(x, self.shared.leaf, self.shared)  # type: ignore[no-untyped-call]
-        for layer in self.layers:
-            x = layer(x, run)
+    def passes(self, x: Tensor, run: Run, seen: tuple[Tensor, Sequence[Tensor]] | None = None) -> Tensor:
+        """All layers, with the adapter's values as they were last brought in. seen: which tokens the visual tower
+        made, and what is added to them after each of the first layers."""
+        index, deepstack = seen or (None, ())
+        with self.offload.passing():
+            x = Entrance.apply(x, self.shared.leaf, self.shared)  # type: ignore[no-untyped-call]
+            for i, layer in enumerate(self.layers):
+                x = layer(x, run)
+                if i < len(deepstack):
+                    x = x.index_add(0, index, deepstack[i].to(x.dtype))  # type: ignore[arg-type]
         return FinalNorm.apply(x, self.norm)  # type: ignore[no-any-return,no-untyped-call]
 
     def _run_of(self, layout: Layout, x: Tensor) -> Run:

@@ -13,7 +13,8 @@ ever run twice.
 All graphs share one pool of memory: a forward is always followed by its own backward before another graph
 runs, so what one leaves there another may overwrite. Whoever asks for a second forward first gets a plain
 one. The adapter's values are brought into the packed weights before each replay, outside of the graph.
-Streamed layers (hdl/memory/streaming.py) are fetched inside, but for what a pass has to find ready.
+Streamed layers (hdl/memory/streaming.py) are fetched inside, but for what a pass has to find ready; what offloaded
+ones keep (hdl/memory/offload.py) goes and comes inside, to and from host memory that is there beforehand.
 """
 
 import weakref
@@ -50,19 +51,22 @@ class Captured:
         options: dict[str, Any] = {"pool": pool, "capture_error_mode": "thread_local"}
         # Autograd ties a leaf to the stream on which it was first used, which is not the capture's.
         shared.leaf = leaf = shared.flat.detach().requires_grad_()
-        streaming = decoder.streaming
+        streaming, offload = decoder.streaming, decoder.offload
+        offload.settle()  # a capture cannot wait for what was queued outside of it
         try:
             with streaming.recording():
-                with torch.cuda.graph(self.forward, **options), streaming.joined():
+                with torch.cuda.graph(self.forward, **options), streaming.joined(), offload.joined():
                     out = decoder.passes(self.x, self.run)
                 # Read by then, and not kept for backward: the gradient takes its place.
                 self.out = out.detach()
                 one_thread = torch.autograd.set_multithreading_enabled(False)
-                with one_thread, torch.cuda.graph(self.backward, **options), streaming.joined():
+                backward = torch.cuda.graph(self.backward, **options)
+                with one_thread, backward, streaming.joined(), offload.joined():
                     shared.use_gradient(gradient)
                     torch.autograd.grad(out, leaf, self.out)
         finally:
             shared.leaf = shared.flat
+            offload.forget()  # nothing was sent: it was only written down
 
     def load(self, x: Tensor, layout: Layout) -> None:
         tokens = len(x)
@@ -89,7 +93,7 @@ class Graphs:
 
     def __call__(self, x: Tensor, layout: Layout) -> Tensor | None:
         """As FusedDecoder.forward, or None where it has to be a plain call."""
-        if not self._enabled or (self._open and self._open() is not None):
+        if not self._enabled or self.decoder.offload.busy or (self._open and self._open() is not None):
             return None
         captured = self._graph_for(x, layout)
         if captured is None:
@@ -138,9 +142,9 @@ class Graphs:
     def _capture(self, x: Tensor, layout: Layout) -> Captured | None:
         frame = Frame.of(layout, exact=needs_exact_frame(x.device, x.dtype))
         while True:
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
             try:
                 self._rehearse(frame, x, layout)
+                self._pool = self._pool or torch.cuda.graph_pool_handle()
                 return Captured(self.decoder, frame, x, layout, self._pool)
             except torch.OutOfMemoryError:
                 if self.drop():
@@ -152,16 +156,20 @@ class Graphs:
     def _rehearse(self, frame: Frame, x: Tensor, layout: Layout) -> None:
         decoder = self.decoder
         with torch.no_grad():
-            rehearse(decoder.layers, decoder.norm, Run.of(frame, layout, decoder.config, x), x)
+            sizes = rehearse(decoder.layers, decoder.norm, Run.of(frame, layout, decoder.config, x), x)
+        if decoder.offload.reserve([sizes[i] for i in decoder.offloaded]):
+            self.drop()  # the graphs there are copy to where the memory was
 
     def opened(self) -> Forward:
         """Until `closed`, or until it is let go, there is no other forward."""
         forward = Forward()
         self._open = weakref.ref(forward)
+        self.decoder.offload.lend(forward)
         return forward
 
     def closed(self) -> None:
         self._open = None
+        self.decoder.offload.give_back()
 
 
 class _Replay(torch.autograd.Function):
@@ -170,9 +178,9 @@ class _Replay(torch.autograd.Function):
         ctx: Any, flat: Tensor, graphs: Graphs, captured: Captured, x: Tensor, layout: Layout
     ) -> Tensor:
         captured.load(x, layout)
+        ctx.graphs, ctx.captured, ctx.open = graphs, captured, graphs.opened()
         with graphs.decoder.streaming.replaying("forward"):
             captured.forward.replay()
-        ctx.graphs, ctx.captured, ctx.open = graphs, captured, graphs.opened()
         return captured.out[: len(x)].clone()
 
     @staticmethod

@@ -30,6 +30,7 @@ from hdl.kernels.linears import Buffer, PackedLinear
 from hdl.kernels.quantize import quantize_rows
 from hdl.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_backward
 from hdl.kernels.swiglu import swiglu, swiglu_backward
+from hdl.memory.offload import InPlace, Keeper, size_of
 from hdl.memory.streaming import Way, resident
 from hdl.o1.config import O1Config
 from hdl.o1.decoder import DecoderLayer, RMSNorm, rotary_angles
@@ -172,6 +173,7 @@ class FusedLayer:
         self.starts: dict[PackedLinear, int] = {}  # of each linear's part of the flat adapter
         # Surrounds whatever reads the linears' weights.
         self.visit: Callable[[Way], AbstractContextManager[None]] = resident
+        self.keeper: Keeper = InPlace()  # of what backward finds ready
 
     def lay_out_adapter(self, start: int) -> int:
         """Place this layer's part of the flat adapter at `start`; returns where it ends."""
@@ -277,18 +279,25 @@ class _Layer(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, layer: FusedLayer, run: Run) -> Tensor:
         made = Made(layer, run, {"x": x.contiguous()})
         learns = ctx.needs_input_grad[0]
+        if learns:
+            layer.keeper.make_room()
         with layer.visit("forward" if learns else "forward only"):
             out = made.need("out")
         if learns:
-            ctx.made = Made(layer, run, made.kept(KEPT[layer.keep]))
+            ctx.layer, ctx.run = layer, run
+            ctx.kept = layer.keeper.put(made.kept(KEPT[layer.keep]))
         return out  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
-        made: Made = ctx.made
-        ctx.made = None  # freed piece by piece, not at the end of the whole backward pass
-        with made.layer.visit("backward"):
-            return backward(made, dout), None, None
+        layer: FusedLayer = ctx.layer
+        kept, ctx.kept = ctx.kept, None  # freed piece by piece, not at the end of the whole backward pass
+        made = Made(layer, ctx.run, kept.take())
+        with layer.visit("backward"):
+            dx = backward(made, dout)
+        del made  # what is left of it makes room for what comes next
+        kept.done()
+        return dx, None, None
 
 
 def backward(made: Made, dout: Tensor) -> Tensor | None:
@@ -355,26 +364,34 @@ def backward(made: Made, dout: Tensor) -> Tensor | None:
     return _residual_gradient(made, d_normed, d_o.values)
 
 
-def rehearse(layers: Sequence[FusedLayer], norm: RMSNorm, run: Run, like: Tensor) -> None:
+def rehearse(layers: Sequence[FusedLayer], norm: RMSNorm, run: Run, like: Tensor) -> list[int]:
     """Run one layer of every kind, forward and backward, and the last norm, on random numbers.
 
     Whatever is done once for a size (compiling kernels, choosing among products, cuDNN's plans) is done by
-    then. like: of the hidden states' width, device and dtype.
+    then. like: of the hidden states' width, device and dtype. Returns the bytes that each layer keeps.
     """
     generator = torch.Generator(like.device)  # nobody else's numbers may change by this
     x, d_out = like.new_empty(2, len(run.cos), like.shape[1]).normal_(generator=generator)
-    kinds = {
-        (layer.keep, type(layer.down), layer.below and type(layer.below.down)): layer for layer in layers
-    }
-    for layer in kinds.values():
+    kinds = {_kind(layer): layer for layer in layers}
+    sizes: dict[Any, int] = {}
+    for kind, layer in kinds.items():
         layer.shared.use_gradient(layer.shared.scratch_gradient())
         made = Made(layer, run, {"x": x})
         with layer.visit("alone"):
             out = made.need("out")
-            backward(Made(layer, run, made.kept(KEPT[layer.keep])), d_out)
+            kept = made.kept(KEPT[layer.keep])
+            sizes[kind] = size_of(kept)
+            backward(Made(layer, run, kept), d_out)
         layer.shared.forget()
     normed, rstd = rms_norm(out, norm.weight, norm.eps)
     rms_norm_backward(normed, out, rstd, norm.weight)
+    return [sizes[_kind(layer)] for layer in layers]
+
+
+def _kind(layer: FusedLayer) -> tuple[Any, ...]:
+    """The same for layers that launch the same kernels and keep things of the same sizes."""
+    ranks = tuple(linear.r for linear in layer.linears)
+    return layer.keep, type(layer.down), layer.below and type(layer.below.down), ranks
 
 
 def _residual_gradient(made: Made, d_normed: Tensor, d_residual: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ from hdl.kernels.quantize import Rowwise, empty_rows, quantize_weight
 from hdl.kernels.scratch import Scratch
 from hdl.kernels.transpose import transpose
 from hdl.memory.absent import put_in_place, take_out, weight_of
+from hdl.memory.cache import fill
 
 ALIGNMENT = 8  # elements: 16 bytes of bfloat16
 ADAPTER = "default"
@@ -242,7 +243,7 @@ class Fp8Linear(PackedLinear):
         for member in self.members:
             base = base_of(member.module)
             rows = Rowwise(self.weight.values[member.rows, : self.k], self.weight.scale[member.rows])
-            quantize_weight(weight_of(base), rows)
+            fill_e4m3(base, rows)
             take_out(base)
         self.scratch = scratch
         self._kept = _ones_and_zeros(self.k, self.e if scratch else self.n + self.e, like.device)
@@ -302,6 +303,11 @@ class Fp8Linear(PackedLinear):
     @property
     def gradient_scale(self) -> Tensor:
         return self.weight.scale
+
+
+def fill_e4m3(base: nn.Linear, rows: Rowwise) -> None:
+    """Bring the linear's weight into `rows`."""
+    fill(base, {"values": rows.values, "scale": rows.scale}, lambda: quantize_weight(weight_of(base), rows))
 
 
 def _ones_and_zeros(rows: int, columns: int, device: torch.device) -> Rowwise:

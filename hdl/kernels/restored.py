@@ -5,7 +5,7 @@ Weights of a layer that is streamed (hdl/memory/streaming.py) are multiplied wit
 arrived, and e4m3 in e4m3. All of them keep the LoRA side apart, as a product of its own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from hdl.kernels.backend import named
 from hdl.kernels.gemm import product, product_rows_fp8, product_transposed
-from hdl.kernels.linears import Buffer, Member, PackedLinear, base_of
-from hdl.kernels.quantize import Rowwise, empty_rows, quantize_weight
+from hdl.kernels.linears import Buffer, Member, PackedLinear, base_of, fill_e4m3
+from hdl.kernels.quantize import Rowwise, empty_rows
 from hdl.kernels.scratch import Scratch
 from hdl.kernels.transpose import transpose
 from hdl.memory.absent import take_out, weight_of
+from hdl.memory.cache import fill
 from hdl.memory.streaming import Part
 
 
@@ -54,7 +55,7 @@ class RestoredLinear(PackedLinear):
         """Bring the members' weights into the kept form, one by one."""
         for member in self.members:
             base = base_of(member.module)
-            self._keep(member, weight_of(base))
+            self._keep(member, base)
             take_out(base)
 
     def pass_over(self) -> None:
@@ -65,7 +66,8 @@ class RestoredLinear(PackedLinear):
     def remember(self, parts: Sequence[Tensor]) -> None:
         """Keep what is needed of weights that move while they are away; parts: as kept, on any device."""
 
-    def _keep(self, member: Member, weight: Tensor) -> None:
+    def _keep(self, member: Member, base: nn.Linear) -> None:
+        """Bring the base's weight into the member's part of what is kept."""
         raise NotImplementedError
 
     def _scratch_bytes(self) -> int:
@@ -111,8 +113,8 @@ class FullStoredLinear(RestoredLinear):
     def keep_in(self, parts: Sequence[Tensor]) -> None:
         (self.kept,) = parts
 
-    def _keep(self, member: Member, weight: Tensor) -> None:
-        self.kept[member.rows].copy_(weight)
+    def _keep(self, member: Member, base: nn.Linear) -> None:
+        self.kept[member.rows].copy_(weight_of(base))
 
     def _scratch_bytes(self) -> int:
         return 0
@@ -153,20 +155,29 @@ class Nf4Linear(RestoredLinear):
             state.absmax, state.state2.absmax, state.offset = scales, outer_scales, offset
             self.kept.append((values, state))
 
-    def _keep(self, member: Member, weight: Tensor) -> None:
+    def _keep(self, member: Member, base: nn.Linear) -> None:
+        values, state = self.kept[self.members.index(member)]
+        parts = {
+            "values": values,
+            "scales": state.absmax,
+            "outer_scales": state.state2.absmax,
+            "offset": state.offset,
+        }
+        fill(base, parts, lambda: self._quantize(weight_of(base), parts))
+
+    def _quantize(self, weight: Tensor, parts: Mapping[str, Tensor]) -> None:
         from bitsandbytes.functional import quantize_4bit
 
         values, state = quantize_4bit(
             weight, blocksize=self.BLOCK, quant_type="nf4", compress_statistics=True
         )
-        kept_values, kept = self.kept[self.members.index(member)]
-        for into, made in (
-            (kept_values, values),
-            (kept.absmax, state.absmax),
-            (kept.state2.absmax, state.state2.absmax),
-            (kept.offset, state.offset),
+        for name, made in (
+            ("values", values),
+            ("scales", state.absmax),
+            ("outer_scales", state.state2.absmax),
+            ("offset", state.offset),
         ):
-            into.copy_(made)
+            parts[name].copy_(made)
 
     def _restore(self, weight: Tensor) -> None:
         from bitsandbytes.functional import dequantize_4bit
@@ -188,8 +199,8 @@ class Fp8StoredLinear(RestoredLinear):
     def keep_in(self, parts: Sequence[Tensor]) -> None:
         self.kept = Rowwise(*parts)
 
-    def _keep(self, member: Member, weight: Tensor) -> None:
-        quantize_weight(weight, Rowwise(self.kept.values[member.rows], self.kept.scale[member.rows]))
+    def _keep(self, member: Member, base: nn.Linear) -> None:
+        fill_e4m3(base, Rowwise(self.kept.values[member.rows], self.kept.scale[member.rows]))
 
     def _restore(self, weight: Tensor) -> None:
         weight.copy_(self.kept.values).mul_(self.kept.scale[:, None])

@@ -8,7 +8,7 @@ it ends, so there is never anything to clean up; and unlike /dev/shm it knows no
 import mmap
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -46,25 +46,25 @@ class HostMemory:
     All ranks of the run make it together. HdlError, on all of them, when a machine has not got the memory.
     """
 
-    def __init__(self, size: int, device: torch.device, ranks: Ranks) -> None:
-        """device: whose GPU is to read it; for a CPU the memory is not page-locked."""
+    def __init__(self, size: int, device: torch.device, ranks: Ranks, option: str = "model.stream") -> None:
+        """device: whose GPU is to read it; for a CPU the memory is not page-locked. option: that asked for it."""
         me = (_machine(), os.getpid())
         everyone = ranks.gather(me)
+        self.rank, self.ranks = _among(everyone, me)
         pids = [pid for machine, pid in everyone if machine == me[0]]
-        self.rank, self.ranks = pids.index(me[1]), len(pids)
 
-        file = _together(ranks, lambda: _create(size) if self.rank == 0 else -1)
+        file = _together(ranks, option, lambda: _create(size) if self.rank == 0 else -1)
         try:
             files = dict(zip(everyone, ranks.gather(file)))
             # Who was about to map it would find the file gone if its maker went on before all have.
-            mapped = _together(ranks, lambda: _map(pids[0], files[me[0], pids[0]], size))
+            mapped = _together(ranks, option, lambda: _map(pids[0], files[me[0], pids[0]], size))
         finally:
             if self.rank == 0:
                 os.close(file)
         self.bytes = torch.frombuffer(mapped, dtype=torch.uint8)
         if device.type == "cuda":
             address = self.bytes.data_ptr()
-            _together(ranks, lambda: _lock(address, size))
+            _together(ranks, option, lambda: _lock(address, size))
             weakref.finalize(self, _unlock, address)
 
 
@@ -90,19 +90,31 @@ def available() -> tuple[int, str]:
     return least
 
 
+def first_of_machine(ranks: Ranks) -> bool:
+    """Whether this rank is to do what one rank of each machine does. All ranks ask together."""
+    me = (_machine(), os.getpid())
+    return _among(ranks.gather(me), me)[0] == 0
+
+
+def _among(everyone: Sequence[tuple[Any, int]], me: tuple[Any, int]) -> tuple[int, int]:
+    """Which one this rank is among those of its machine, and how many they are."""
+    pids = [pid for machine, pid in everyone if machine == me[0]]
+    return pids.index(me[1]), len(pids)
+
+
 def _machine() -> tuple[str, str]:
     """The same for two processes that can open each other's files."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")
 
 
-def _together(ranks: Ranks, step: Callable[[], Result]) -> Result:
+def _together(ranks: Ranks, option: str, step: Callable[[], Result]) -> Result:
     """The step's result, if it succeeded in every rank; HdlError otherwise."""
     result, problem = None, None
     try:
         result = step()
     except OSError as error:
         problem = HdlError(
-            f"model.stream: host memory for the weights: {error}; stream fewer layers, or start one run a machine"
+            f"{option}: {error} while getting host memory; take fewer layers, or start one run a machine"
         )
     ranks.all_or_none(problem)
     return result  # type: ignore[return-value]

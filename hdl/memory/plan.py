@@ -4,25 +4,31 @@ Every byte has a place in the code, and is counted from the same sizes here:
 
     weights      the decoder's frozen linears in their form (hdl/kernels/linears.py), and all other weights
     adapter      the flat parameter, its gradient and what gathers it, the float32 copy, the moments
-    activations  what the layers keep for backward (KEPT in hdl/kernels/layer.py)
+    activations  what the layers keep for backward (KEPT in hdl/kernels/layer.py) and do not send to the host
     workspace    what is made and let go while one layer, the head or the optimizer works: the largest of them
 
 A layer that keeps less is recomputed more. `fit` chooses, among all ways to give each layer a level, the one
 that costs the least time within a number of bytes. Layers are alike, so what counts is each level's bytes and
-milliseconds, and the best mix is of two levels at most.
+milliseconds, and the best mix is of two levels at most. Beside it stands what waits in host memory instead
+(hdl/memory/offload.py), which costs nothing as long as its copies take no longer than the pass they are in.
 
-Times are useful work over measured rates of a GPU (`GPUS`), for launches hidden in graphs.
+Times are useful work over measured rates of a GPU (`GPUS`), for launches hidden in graphs. Forward and backward each
+take as long as their own work or their own copies, whichever is longer: a forward pass is a third of the work, but has
+as many streamed weights to wait for as a backward pass.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import groupby, product
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import product
 
 from hdl.kernels.attention import rows_for
 from hdl.kernels.folded import folded_width
 from hdl.kernels.layer import KEPT
 from hdl.kernels.linears import padded_rank
 from hdl.memory.host import GIB
+from hdl.memory.offload import FEWEST, carried, moved
 from hdl.o1.config import O1Config
 from hdl.o1.layout import Segment
 from hdl.o1.patches import PATCH, PATCH_DIM
@@ -36,9 +42,11 @@ OPTIMIZERS = {
     "paged_adamw_8bit": 2 + 2 * F32 / 256,  # they can leave the GPU, but are not counted on to
 }
 HEAD_CHUNK = 4096  # patches, as in hdl/kernels/head_loss.py
-STREAM_STEP = 4  # layers
+STREAM_STEP = OFFLOAD_STEP = 4  # layers
 STREAM_GAIN = 1.1
-CONTEXT = 0.4 * GIB  # cuBLASLt's and cuDNN's workspaces, and what is too small to be counted
+# cuBLASLt's workspace (64 MiB), PyTorch's cuBLAS workspaces of two streams (32 MiB each), cuDNN's for attention's
+# backward (about 70 MB at 4,352 tokens), and what is too small to be counted.
+CONTEXT = 0.2 * GIB
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,17 @@ class Gpu:
 
 # tools/bench.py's ceilings and profiles, see docs/measurements.md; the last from an H200.
 GPUS = {"h100": Gpu(690, 1230, 380, 2.7, 55), "h200": Gpu(740, 1430, 400, 3.8, 55)}
+
+
+@dataclass(frozen=True)
+class Host:
+    """A machine: bytes of its memory that can be had, and how many GPUs send their activations there."""
+
+    bytes: float = float("inf")
+    gpus: int = 1
+
+    def has(self, need: "Need") -> bool:
+        return need.on_host(self.gpus) <= self.bytes
 
 
 @dataclass(frozen=True)
@@ -85,7 +104,7 @@ class Work:
 class Strategy:
     """weights: of FORMS; keep: a level for each layer; optimizer: of OPTIMIZERS; world: GPUs that share the
     optimizer's state (ZeRO 1 and 2); master: whether it steps a float32 copy of the adapter; stream: layers whose
-    weights are in host memory (hdl/memory/streaming.py)."""
+    weights are in host memory (hdl/memory/streaming.py); offload: layers whose activations wait there."""
 
     weights: str
     keep: tuple[str, ...]
@@ -93,20 +112,27 @@ class Strategy:
     world: int = 1
     master: bool = True
     stream: int = 0
+    offload: int = 0
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes."""
+    """Bytes on a GPU; weights_on_host, activations_on_host: those of a machine, and of each of its GPUs."""
 
     weights: int
     adapter: int
     activations: int
     workspace: int
+    weights_on_host: int = 0
+    activations_on_host: int = 0
 
     @property
     def peak(self) -> int:
+        """On the GPU."""
         return self.weights + self.adapter + self.activations + self.workspace
+
+    def on_host(self, gpus: int = 1) -> int:
+        return self.weights_on_host + gpus * self.activations_on_host
 
 
 @dataclass(frozen=True)
@@ -122,6 +148,7 @@ class Pack:
         return folded_width(self.r)
 
 
+@cache
 def packs(config: O1Config, rank: int) -> dict[str, Pack]:
     """Of a layer whose seven linears all have an adapter of this rank."""
     d, m = config.hidden_size, config.intermediate_size
@@ -222,36 +249,90 @@ def remade_ms(config: O1Config, rank: int, work: Work, level: str, weights: str,
     return ms + (0.0 if "o_in" in kept else _attention_ms(config, work, gpu) / 3.5)
 
 
+def held_bytes(sizes: Sequence[int], offload: int) -> int:
+    """What layers that keep so many bytes hold on the GPU at most, when so many of them are offloaded."""
+    order = carried(offload, len(sizes))
+    # By layer: which one leaves before it is made, and comes back once it is done with.
+    changed_for = dict(zip(order[2:], order))
+    here = most = 0
+    for i, size in enumerate(sizes):
+        here += size - (sizes[changed_for[i]] if i in changed_for else 0)
+        most = max(most, here)
+    for i in reversed(range(len(sizes))):
+        most = max(most, here)
+        here += (sizes[changed_for[i]] if i in changed_for else 0) - sizes[i]
+    return most
+
+
+def sent_bytes(sizes: Sequence[int], offload: int) -> int:
+    """What of it goes to host memory and comes back in a step."""
+    return sum(sizes[i] for i in carried(offload, len(sizes))[: moved(offload)])
+
+
 def step_ms(config: O1Config, rank: int, work: Work, strategy: Strategy, gpu: Gpu) -> float:
     """A whole step: products and attention of all layers both ways, the passes between them, LoRA's, and what
-    is made anew."""
+    is made anew; or the copies from and to the host, where they take longer."""
     s, d, m = work.tokens, config.hidden_size, config.intermediate_size
     p = packs(config, rank)
-    products = sum(2 * _product_ms(pack, s, strategy.weights, gpu) for pack in p.values())
-    wide = p["qkv"].n + p["gate_up"].n
+    inputs, gradients = 3 * d + m, p["qkv"].n + p["gate_up"].n + 2 * d  # columns of a layer's products
     # norms, rotary and SwiGLU; LoRA reads every input and every gradient twice
-    columns = (2 * d + 2 * p["qkv"].n + 5 * d + 3 * m) + (3 * m + 2 * m + 8 * d + 3 * p["qkv"].n)
-    columns += 2 * (3 * d + m) + 2 * (wide + 2 * d)
-    columns += (wide + 4 * d + m) // 2 if strategy.weights != "full" else 0  # e4m3 copies, one byte a number
-    passes = 1e3 * columns * B16 * s / (gpu.memory * 1e12)
-    layer = products + _attention_ms(config, work, gpu) + passes
-    again = sum(remade_ms(config, rank, work, level, strategy.weights, gpu) for level in strategy.keep)
+    up = 2 * d + 2 * p["qkv"].n + 5 * d + 3 * m + inputs
+    down = 3 * m + 2 * m + 8 * d + 3 * p["qkv"].n + inputs + 2 * gradients
+    if strategy.weights != "full":  # e4m3 copies, one byte a number
+        up, down = up + (inputs - d) // 2, down + gradients // 2
+    apart = strategy.stream if strategy.weights != "nf4" else config.num_hidden_layers
+
+    def passed(columns: int) -> float:
+        return 1e3 * columns * B16 * s / (gpu.memory * 1e12)
+
+    def multiplied(back: bool) -> float:
+        """Of all layers; those whose LoRA is a product of its own write and read its result."""
+        of = {
+            where: sum(_product_ms(pack, s, strategy.weights, gpu, back, where) for pack in p.values())
+            for where in (False, True)
+        }
+        streamed = strategy.stream
+        return (
+            (config.num_hidden_layers - streamed) * of[False]
+            + streamed * of[True]
+            + apart * passed(2 * (inputs if back else gradients))
+        )
+
+    layers, attention = config.num_hidden_layers, _attention_ms(config, work, gpu)
+    levels = Counter(strategy.keep)
+    again = sum(
+        n * remade_ms(config, rank, work, level, strategy.weights, gpu) for level, n in levels.items()
+    )
+    forward = multiplied(back=False) + layers * (attention / 3.5 + passed(up))
+    backward = multiplied(back=True) + layers * (attention / 3.5 * 2.5 + passed(down)) + again
+    block = sum(block_bytes(pack, strategy.weights) for pack in p.values())
+    weights = max(strategy.stream - 2, 0) * block  # two blocks each way are there already
+    things = sent_bytes(_sizes(config, rank, work, strategy), strategy.offload)
     head = 1e-9 * 2 * 3 * work.patches * d * PATCH_DIM / gpu.bf16
     optimizer = 1e3 * adapter_numbers(config, rank) * 32 / (gpu.memory * 1e12)
-    computed = config.num_hidden_layers * layer + again + head + optimizer + 3.0  # what starts and ends it
-    block = sum(block_bytes(pack, strategy.weights) for pack in p.values())
-    moved = max(2 * strategy.stream - 4, 0) * block  # two blocks each way are there already
-    return max(computed, 1e3 * moved / (gpu.host * 1e9))
+
+    def copied(size: int) -> float:
+        return 1e3 * size / (gpu.host * 1e9)
+
+    both = max(forward, copied(weights), copied(things)) + max(backward, copied(weights + things))
+    return both + head + optimizer + 3.0  # what starts and ends it
 
 
-def _product_ms(pack: Pack, tokens: int, weights: str, gpu: Gpu) -> float:
-    """One way; forms that are restored first cost a pass over the weight."""
+def _sizes(config: O1Config, rank: int, work: Work, strategy: Strategy) -> list[int]:
+    """What each layer keeps."""
+    of = {level: kept_bytes(config, rank, work, level) for level in set(strategy.keep)}
+    return [of[level] for level in strategy.keep]
+
+
+def _product_ms(
+    pack: Pack, tokens: int, weights: str, gpu: Gpu, back: bool = False, streamed: bool = False
+) -> float:
+    """One way; nf4 is restored first, e4m3 that is kept once is transposed for the way back."""
     ms = 1e-9 * 2 * tokens * pack.n * (pack.k + pack.r) / (gpu.fp8 if weights.startswith("fp8") else gpu.bf16)
-    if weights == "nf4":
-        ms += 1e3 * pack.n * pack.k * 2.5 / (gpu.memory * 1e12)
-    if weights == "fp8_once":
-        ms += 0.5 * 1e3 * pack.n * pack.k * 2 / (gpu.memory * 1e12)  # backward only
-    return ms
+    passes = 2.5 if weights == "nf4" else 0
+    if back and (weights == "fp8_once" or (weights == "fp8" and streamed)):
+        passes = 2
+    return ms + 1e3 * pack.n * pack.k * passes / (gpu.memory * 1e12)
 
 
 def _attention_ms(config: O1Config, work: Work, gpu: Gpu) -> float:
@@ -277,11 +358,15 @@ def need(config: O1Config, rank: int, work: Work, strategy: Strategy) -> Need:
         2 * d * B16 + PATCH_DIM * (1 + B16)
     )
     optimizer = trained * F32 // strategy.world  # the gradient in float32
+    sizes = _sizes(config, rank, work, strategy)
+    block = sum(block_bytes(pack, strategy.weights) for pack in packs(config, rank).values())
     return Need(
         weights=linears + ends * B16 + scratch_bytes(config, rank, strategy.weights, strategy.stream),
         adapter=adapter,
-        activations=sum(kept_bytes(config, rank, work, level) for level in strategy.keep) + 3 * s * d * B16,
+        activations=held_bytes(sizes, strategy.offload) + 3 * s * d * B16,
         workspace=int(max(backward, head, optimizer) + CONTEXT),
+        weights_on_host=strategy.stream * block,
+        activations_on_host=sent_bytes(sizes, strategy.offload),
     )
 
 
@@ -313,30 +398,79 @@ def plan(
     memory: float,
     gpu: Gpu,
     stream: int = 0,
+    host: Host = Host(),
 ) -> Strategy | None:
-    """The fastest levels for this form of weights within `memory` bytes; None where it does not fit."""
-    levels = tuple(KEPT)
+    """The fastest levels for this form of weights within `memory` bytes of the GPU and what the host has, and how
+    many layers' activations to offload; None where it does not fit."""
     layers = config.num_hidden_layers
-    points = [
-        (kept_bytes(config, rank, work, level), remade_ms(config, rank, work, level, weights, gpu))
-        for level in levels
-    ]
-    # What is made anew in a layer is workspace: the less the leanest level keeps, the more is needed of it.
-    found: list[Strategy] = []
-    for leanest in range(1, len(levels) + 1):
-        worst = Strategy(weights, (levels[leanest - 1],) * layers, optimizer, world, stream=stream)
-        rest = need(config, rank, work, worst)
-        budget = memory - (rest.peak - layers * points[leanest - 1][0])
-        chosen = fit(points[:leanest], layers, budget)
-        if chosen:
-            keep = tuple(levels[i] for i in chosen)
-            found.append(Strategy(weights, keep, optimizer, world, stream=stream))
-    return min(found, key=lambda s: step_ms(config, rank, work, s, gpu), default=None)
+    points = {
+        level: (
+            kept_bytes(config, rank, work, level),
+            remade_ms(config, rank, work, level, weights, gpu),
+        )
+        for level in KEPT
+    }
+
+    def found(base: Strategy, counts: Sequence[int]) -> Iterator[Strategy]:
+        for count in counts:
+            for keep in _mixes(config, rank, work, replace(base, offload=count), memory, points):
+                candidate = replace(base, offload=count, keep=keep)
+                needed = need(config, rank, work, candidate)
+                if needed.peak <= memory and host.has(needed):
+                    yield candidate
+
+    def ms_of(strategy: Strategy) -> float:
+        return step_ms(config, rank, work, strategy, gpu)
+
+    base = Strategy(weights, (), optimizer, world, stream=stream)
+    inside = min(found(base, [0]), key=ms_of, default=None)
+    if inside and set(inside.keep) == {"everything"}:
+        return inside
+    counts = sorted({*range(OFFLOAD_STEP, layers, OFFLOAD_STEP), layers})
+    outside = min(found(base, [n for n in counts if n >= FEWEST]), key=_cost(ms_of), default=None)
+    return min((s for s in (inside, outside) if s), key=_cost(ms_of), default=None)
+
+
+def _mixes(
+    config: O1Config,
+    rank: int,
+    work: Work,
+    base: Strategy,
+    memory: float,
+    points: Mapping[str, tuple[int, float]],
+) -> Iterator[tuple[str, ...]]:
+    """Levels for all layers, one try a level of the offloaded ones and a leanest level of the others."""
+    levels = list(KEPT)
+    layers = config.num_hidden_layers
+    order = carried(base.offload, layers)
+    for offloaded in levels if order else levels[:1]:
+        # What is made anew in a layer is workspace: the less the leanest level keeps, the more is needed of it.
+        for leanest in range(1, len(levels) + 1):
+            lean = levels[leanest - 1]
+            worst = [lean] * layers
+            for i in order:
+                worst[i] = offloaded
+            others = layers - len(order)
+            rest = need(config, rank, work, replace(base, keep=tuple(worst))).peak - others * points[lean][0]
+            chosen = fit([points[level] for level in levels[:leanest]], others, memory - rest)
+            if chosen is None:
+                continue
+            left = iter(chosen)
+            yield tuple(offloaded if i in order else levels[next(left)] for i in range(layers))
+
+
+def _cost(ms_of: Callable[[Strategy], float]) -> Callable[[Strategy], float]:
+    """A plan that copies from and to the host has to be faster by STREAM_GAIN: what its bus gives differs."""
+
+    def cost(strategy: Strategy) -> float:
+        return ms_of(strategy) * (STREAM_GAIN if strategy.stream or strategy.offload else 1.0)
+
+    return cost
 
 
 def mix(keep: Sequence[str]) -> str:
-    """In words: "everything x 20, products x 16"."""
-    return ", ".join(f"{level} x {len(list(group))}" for level, group in groupby(keep))
+    """In words, without the order: "everything x 20, products x 16"."""
+    return ", ".join(f"{level} x {count}" for level, count in Counter(keep).items())
 
 
 @dataclass(frozen=True)
@@ -351,12 +485,19 @@ class Choice:
 
 
 def choices(
-    config: O1Config, rank: int, work: Work, optimizer: str, world: int, memory: float, gpu: Gpu
+    config: O1Config,
+    rank: int,
+    work: Work,
+    optimizer: str,
+    world: int,
+    memory: float,
+    gpu: Gpu,
+    host: Host = Host(),
 ) -> list[Choice]:
-    """Every form of weights within `memory` bytes, the best first, then those that do not fit.
+    """Every form of weights within `memory` bytes of the GPU, the best first, then those that do not fit.
 
-    The best is the fastest, but a plan that streams layers (multiples of STREAM_STEP) has to be faster by
-    STREAM_GAIN: what a host's bus gives to a GPU differs.
+    The best is the fastest, but a plan that streams layers (multiples of STREAM_STEP) or offloads their activations
+    has to be faster by STREAM_GAIN.
     """
     found = []
     layers = config.num_hidden_layers
@@ -364,12 +505,10 @@ def choices(
     def ms_of(strategy: Strategy) -> float:
         return step_ms(config, rank, work, strategy, gpu)
 
-    def cost(strategy: Strategy) -> float:
-        return ms_of(strategy) * (STREAM_GAIN if strategy.stream else 1.0)
-
+    cost = _cost(ms_of)
     for weights in FORMS:
         plans = [
-            plan(config, rank, work, weights, optimizer, world, memory, gpu, stream)
+            plan(config, rank, work, weights, optimizer, world, memory, gpu, stream, host)
             for stream in sorted({*range(0, layers, STREAM_STEP), layers})
         ]
         chosen = min((p for p in plans if p), key=cost, default=None)
@@ -384,5 +523,6 @@ def as_preset(strategy: Strategy) -> dict[str, dict[str, object]]:
     """The strategy in a run's config."""
     levels = set(strategy.keep)
     keep: object = strategy.keep[0] if len(levels) == 1 else list(strategy.keep)
-    model = {"weights": strategy.weights, "keep": keep, "stream": strategy.stream}
+    model = {"weights": strategy.weights, "keep": keep}
+    model |= {"stream": strategy.stream, "offload": strategy.offload}
     return {"model": model, "train": {"optimizer": strategy.optimizer}}

@@ -95,7 +95,7 @@ class Streaming:
         self.slots = [
             torch.empty(block.size, dtype=torch.uint8, device=device) for _ in range(min(self.count, 2))
         ]
-        self.mover = Mover(self.slots)
+        self.mover = Mover(device, self.slots)
         for j, linears in enumerate(layers):
             self._bring_in(j, linears, block, mine=j % self._host.ranks == self._host.rank)
         ranks.gather(None)  # all are filled
@@ -197,25 +197,31 @@ class Arrival(Protocol):
 
 
 class Mover:
-    """Copies blocks into slots on a stream of its own; on a CPU, at once."""
+    """Copies between host memory and a device on a stream of its own; on a CPU, at once."""
 
-    def __init__(self, slots: Sequence[Tensor]) -> None:
-        self._stream: torch.cuda.Stream | None = None
-        if slots[0].is_cuda:
-            self._stream = torch.cuda.Stream(slots[0].device)
+    def __init__(self, device: torch.device, slots: Sequence[Tensor] = ()) -> None:
+        """slots: memory that it fills again and again, until it is let go."""
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self._stream:
             for slot in slots:
                 slot.record_stream(
                     self._stream
                 )  # freed with a copy under way, it is nobody else's until then
 
     def copy(self, slot: Tensor, block: Tensor) -> Arrival | None:
-        """Once all that is queued on the current stream, which may read the slot, is done."""
+        return self.copy_all([(slot, block)])
+
+    def copy_all(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Arrival | None:
+        """Into the first of each pair from the second, once all that is queued on the current stream, which may
+        read the one and make the other, is done."""
         if self._stream is None:
-            slot.copy_(block)
+            for into, source in pairs:
+                into.copy_(source)
             return None
-        self._stream.wait_stream(torch.cuda.current_stream(slot.device))
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream):
-            slot.copy_(block, non_blocking=True)
+            for into, source in pairs:
+                into.copy_(source, non_blocking=True)
             return self._stream.record_event()
 
 
@@ -235,9 +241,10 @@ class _Block:
 
     def views(self, block: Tensor) -> list[list[Tensor]]:
         """The parts of each linear in a block, uint8 [size]."""
-        return [[_view(block[start:], part) for start, part in linear] for linear in self._placed]
+        return [[part_of(block[start:], part) for start, part in linear] for linear in self._placed]
 
 
-def _view(block: Tensor, part: Part) -> Tensor:
+def part_of(block: Tensor, part: Part) -> Tensor:
+    """The tensor that a block of bytes begins with."""
     shape, dtype = part
     return block[: torch.Size(shape).numel() * dtype.itemsize].view(dtype).view(shape)

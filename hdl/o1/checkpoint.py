@@ -31,6 +31,7 @@ INDEX_FILE = "model.safetensors.index.json"
 # In the published checkpoint, but never read to train on shards of text embeddings.
 UNUSED = ("lm_head.", "model.visual.")
 ROWS_HASHED_AT_ONCE = 8192
+SAMPLED = 24  # rows of a tensor
 MAX_NAMED = 8
 
 
@@ -112,6 +113,38 @@ class Checkpoint:
                 rows = table[start : start + ROWS_HASHED_AT_ONCE].to(torch.bfloat16).contiguous()
                 digest.update(rows.view(torch.uint8).numpy().data)
         return f"sha256:{digest.hexdigest()}"
+
+    def decoder_matrices(self) -> list[str]:
+        """Names of the weights of the decoder layers' linears."""
+        prefix = "model.language_model.layers."
+        return [
+            name for name, entry in self.entries.items() if name.startswith(prefix) and len(entry.shape) == 2
+        ]
+
+    def identity(self, names: Iterable[str]) -> str:
+        """Tells these tensors from those of any other checkpoint, without reading all of them.
+
+        A hash of their names, shapes and dtypes, of SAMPLED rows of each, and of the size and the time of change of
+        each file. Training on other weights changes nearly every number, so that a few rows show it (67 MB of the
+        real model's 14 GB); a file that was changed in place in between them has another time. Where it lies and
+        what it is called does not matter; a copy without its time counts as another one.
+        """
+        digest = hashlib.sha256()
+        by_file: dict[Path, list[str]] = {}
+        for name in sorted(names):
+            by_file.setdefault(self.entries[name].file, []).append(name)
+        for file in sorted(by_file):
+            about = file.stat()
+            digest.update(f"{about.st_size} {about.st_mtime_ns}".encode())
+            with _opened(file) as tensors:
+                for name in by_file[file]:
+                    tensor = tensors.get_tensor(
+                        self.entries[name].key
+                    )  # pages of the file, read when touched
+                    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                    places = torch.linspace(0, len(tensor) - 1, SAMPLED).long()
+                    digest.update(tensor[places].contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
 
 class RandomCheckpoint(Checkpoint):

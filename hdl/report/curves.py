@@ -28,6 +28,15 @@ def band_sums(sigmas: Tensor, errors: Tensor) -> Tensor:
     return torch.stack([sums, belongs.double().sum(dim=0)])
 
 
+def means_by_band(name: str, bands: Tensor) -> dict[str, float]:
+    """The mean error in each band of sigma that has samples, by the curve's name. bands: from band_sums."""
+    return {
+        f"{name}/sigma_{i / BANDS:.2f}-{(i + 1) / BANDS:.2f}": total / count
+        for i, (total, count) in enumerate(bands.T.tolist())
+        if count
+    }
+
+
 @dataclass(frozen=True)
 class StepReport:
     """One optimizer step, over all ranks."""
@@ -39,14 +48,16 @@ class StepReport:
     images: int
     tokens: int
     seconds: float
-    peak_memory: float  # GiB allocated on rank 0's GPU; on a CPU, of the process
+    peak_memory: float  # GiB reserved on rank 0's GPU, CUDA graphs' included; on a CPU, of the process
+    waited: float = 0.0  # seconds that rank 0 waited for data
+    waste: float | None = None  # share of the packs' budget left unused, where packs have one
 
 
 class Reporter:
     """Rank 0's; the other ranks have none."""
 
     def __init__(self, folder: Path, first_step: int, steps: int) -> None:
-        self.writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
+        self.writer = SummaryWriter(str(folder), purge_step=first_step + 1)
         self.bar = tqdm(total=steps, initial=first_step, desc="training", unit="step", dynamic_ncols=True)
         self._seconds: list[float] = []
         self._last: StepReport | None = None
@@ -64,15 +75,28 @@ class Reporter:
             "speed/tokens_per_second": report.tokens / seconds,
             "speed/seconds_per_step": seconds,
             "memory/peak_gib": report.peak_memory,
+            "data/wait": report.waited / seconds,
         }
-        for i, (total, count) in enumerate(report.bands.T.tolist()):
-            if count:
-                scalars[f"x0_error/sigma_{i / BANDS:.2f}-{(i + 1) / BANDS:.2f}"] = total / count
-        for name, value in scalars.items():
-            self.writer.add_scalar(name, value, step)
+        if report.waste is not None:
+            scalars["data/waste"] = report.waste
+        self.scalars(step, scalars | means_by_band("x0_error", report.bands))
         self.bar.set_postfix_str(
             f"loss {report.loss:.4f}, {report.images / seconds:.1f} images/s, peak {report.peak_memory:.1f} GiB"
         )
+        self.bar.update()
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def saved(self, step: int, stall: float) -> None:
+        """stall: seconds that the checkpoint after `step` steps kept the training waiting."""
+        self.writer.add_scalar("save/stall_seconds", stall, step)
+
+    def skipped(self, step: int, count: int, line: str) -> None:
+        """count: steps skipped so far, this one included."""
+        self.writer.add_scalar("skipped_steps", count, step)
+        self.say(line)
         self.bar.update()
 
     def picture(self, step: int, image: Image.Image) -> None:

@@ -78,3 +78,16 @@ def test_fit_never_distorts(size: tuple[int, int]) -> None:
     out = np.asarray(fit(image, rows, cols))[..., 0] < 128
     assert out.shape == (rows * 32, cols * 32)
     assert abs(int(out.any(0).sum()) - int(out.any(1).sum())) <= 1
+
+
+def test_fit_takes_a_bucket_of_exactly_the_images_shape() -> None:
+    """27 x 36 patches have the shape of 4000 x 3000 px: rounding once put the crop outside the image."""
+    assert fit(Image.new("RGB", (4000, 3000)), 27, 36).size == (1152, 864)
+
+
+def test_fit_of_a_window_is_fit_of_what_it_shows() -> None:
+    image = noise(200, 150)
+    window = (17, 30, 150, 140)
+    found, expected = np.asarray(fit(image, 2, 3, window)), np.asarray(fit(image.crop(window), 2, 3))
+    within = slice(4, -4)  # Lanczos looks across the window's edge
+    assert np.abs(found[within, within].astype(int) - expected[within, within]).max() <= 1

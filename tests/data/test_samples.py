@@ -4,9 +4,18 @@ import dataclasses
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
-from hdl.data.samples import Prompt, SampleInfo, info_from_json, info_to_json, payload_of, sample_from
+from hdl.data.samples import (
+    Prompt,
+    SampleInfo,
+    Tokens,
+    info_from_json,
+    info_to_json,
+    payload_of,
+    sample_from,
+)
 from hdl.errors import HdlError
 
 TABLE = torch.randn(50, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -58,3 +67,13 @@ def test_a_line_of_the_samples_file_reads_back(info: SampleInfo) -> None:
 def test_bytes_that_are_no_safetensors(info: SampleInfo) -> None:
     with pytest.raises(HdlError, match="not readable as safetensors .*prepare.py again"):
         sample_from(b"nothing of the kind", info)
+
+
+def test_bytes_are_those_that_safetensors_writes(info: SampleInfo) -> None:
+    prompts = [prompt(ids) for ids in CAPTIONS]
+    payload = payload_of(prompts, random_patches(6), [random_patches(2), random_patches(4)])
+    assert payload == safetensors.torch.save(safetensors.torch.load(payload))
+    assert payload_of(prompts) == safetensors.torch.save(safetensors.torch.load(payload_of(prompts)))
+    assert payload == payload_of(
+        Tokens.of(prompts), random_patches(6), [random_patches(2), random_patches(4)]
+    )

@@ -1,9 +1,13 @@
 """Prepared folders as the trainer reads them: exact, checked, readable by any WebDataset reader."""
 
+import hashlib
 import json
+import os
 import pickle
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +16,12 @@ import torch
 import webdataset
 from image_folders import BASE, noise, put
 
+from hdl.data import infos as infos_module
 from hdl.data.buckets import fit
+from hdl.data.infos import Infos
 from hdl.data.prepare import Summary
-from hdl.data.shards import Shards
+from hdl.data.samples import SampleInfo, info_to_json
+from hdl.data.shards import ShardLost, Shards
 from hdl.errors import HdlError
 from hdl.o1.checkpoint import open_checkpoint
 from hdl.o1.patches import unpatchify
@@ -144,11 +151,12 @@ def test_shard_disappears_or_shrinks_while_training(out: Path) -> None:
     i = next(i for i, info in enumerate(shards.infos) if info.shard == one_shard(out).name)
     with open(one_shard(out), "r+b") as file:
         file.truncate(1000)
-    with pytest.raises(HdlError, match=f"sample {shards.infos[i].key} .* is damaged"):
+    with pytest.raises(ShardLost, match=f"sample {shards.infos[i].key} .* is damaged"):
         shards.read(i)
     one_shard(out).unlink()
-    with pytest.raises(HdlError, match=f"cannot be read .*sample {shards.infos[i].key} was wanted"):
+    with pytest.raises(ShardLost, match=f"cannot be read .*sample {shards.infos[i].key} was wanted") as error:
         shards.read(i)
+    assert error.value.shard == shards.infos[i].shard
 
 
 def test_damaged_sample_is_named_and_the_others_stay_readable(out: Path) -> None:
@@ -168,3 +176,160 @@ def test_damaged_list_of_samples(out: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b"number 1", b"number 7"))
     with pytest.raises(HdlError, match=r"samples-.*\.jsonl: its bytes are not those that were written"):
         Shards(out)
+
+
+@pytest.mark.parametrize(
+    ("where", "field", "value"),
+    [
+        ("shards", "file", "../shard.tar"),
+        ("shards", "file", "/etc/passwd"),
+        ("shards", "file", ".."),
+        ("samples", "file", "a/b.jsonl"),
+        ("empty_prompt", "file", "--help"),
+        ("shards", "file", "a b;rm"),
+        ("shards", "sha256", "../../x"),
+        ("shards", "bytes", -1),
+        ("shards", "bytes", "9"),
+        ("samples", "count", None),
+    ],
+)
+def test_an_index_that_would_trick(out: Path, where: str, field: str, value: object) -> None:
+    rewrite_index(out, where, **{field: value})
+    with pytest.raises(HdlError, match=r"index.json: not an index that hdl wrote \(\w+: "):
+        Shards(out)
+
+
+def test_an_index_that_lacks_something(out: Path) -> None:
+    index = json.loads((out / "index.json").read_text())
+    for name in ("base", "dataset_hash", "samples", "empty_prompt", "shards"):
+        (out / "index.json").write_text(json.dumps({k: v for k, v in index.items() if k != name}))
+        with pytest.raises(HdlError, match=rf"not an index that hdl wrote \(KeyError: '{name}'\)"):
+            Shards(out)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"offset": 59_000}, r"line 1 places a sample at 59,000 \+ .* bytes, outside of shard-000000"),
+        ({"size": 10**9}, r"line 1 places a sample at .* outside of shard-000000"),
+        ({"size": 0}, r"line 1 places a sample at .* outside of shard-000000"),
+        (
+            {"shard": "../elsewhere.tar"},
+            r"line 1 names shard '../elsewhere.tar', which the index does not list",
+        ),
+    ],
+)
+def test_samples_outside_of_their_shards(out: Path, change: dict[str, object], message: str) -> None:
+    rewrite_first_sample(out, change)
+    with pytest.raises(HdlError, match=message):
+        Shards(out)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shard": "../elsewhere.tar"}, "line 1 names shard '../elsewhere.tar'"),
+        ({"offset": -1}, "outside of shard-000000"),
+        ({"offset": "0"}, "line 1 describes no sample"),
+        ({"references": 3}, "line 1 describes no sample"),
+    ],
+)
+def test_a_line_written_in_another_way_is_checked_when_it_is_read(
+    out: Path, change: dict[str, object], message: str
+) -> None:
+    rewrite_first_sample(out, {"key": "first"} | change, separators=(",", ":"))
+    shards = Shards(out)
+    with pytest.raises(HdlError, match=message):
+        shards.read(0)
+    assert shards.read(1).caption == "thing number 1"
+
+
+def test_the_list_of_samples_is_not_as_long_as_the_index_says(out: Path) -> None:
+    rewrite_index(out, "samples", count=6)
+    with pytest.raises(HdlError, match=r"samples-.*: has 5 samples, the index says 6"):
+        Shards(out)
+
+
+def test_forked_processes_read_side_by_side(out: Path) -> None:
+    shards = Shards(out)
+    expected = [shards.read(i).caption for i in range(5)]
+    children = []
+    for _ in range(3):
+        child = os.fork()
+        if not child:
+            right = all([shards.read(i).caption for i in range(5)] == expected for _ in range(20))
+            os._exit(0 if right else 1)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, object], list[SampleInfo]]:
+    """A samples file of 20,000 lines, its record, and what it says."""
+    infos = [
+        SampleInfo(
+            key=f"{i:08d}", shard=f"shard-{i // 100:06d}.tar", offset=i % 100 * 1000, size=900 + i % 100,
+            sha256="0" * 64, rows=4 + i % 3, cols=4, references=[(2, 3)] if i % 7 == 0 else [], text_tokens=[9],
+            captions=[f'picture "{i}", "shard": "x", "offset": 1, "size": 2, ünd ' + "mehr " * (i % 50)],
+            mirrored=bool(i % 2), caption_sha256="1" * 64, embeds_sha256="2" * 64, source=f"{i}.png", view=None,
+            style=None, tags=["a"], note=None, image_sha256="3" * 64, recipe="4" * 64,
+        )
+        for i in range(20_000)
+    ]  # fmt: skip
+    path = tmp_path_factory.mktemp("many") / "samples.jsonl"
+    data = "".join(info_to_json(info) + "\n" for info in infos).encode()
+    path.write_bytes(data)
+    record = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), "count": len(infos)}
+    return path, record, infos
+
+
+SIZES = {f"shard-{i:06d}.tar": 100_000 for i in range(200)}
+
+
+def test_a_long_list_of_samples_is_a_sequence(
+    many: tuple[Path, dict[str, object], list[SampleInfo]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, record, expected = many
+    monkeypatch.setattr(infos_module, "BLOCK", 12_345)  # lines across the blocks' ends
+    infos = Infos(path, record, SIZES)
+    assert len(infos) == 20_000 and list(infos) == expected
+    assert [infos[i] for i in (0, 19_999, -1, -20_000, np.int64(77))] == [
+        expected[i] for i in (0, 19_999, -1, -20_000, 77)
+    ]
+    assert infos[100:200:7] == expected[100:200:7] and infos[:-19_990] == expected[:10]
+    for i in (20_000, -20_001):
+        with pytest.raises(IndexError):
+            infos[i]
+    copy = pickle.loads(pickle.dumps(infos))
+    assert copy[4321] == expected[4321]
+
+
+def test_a_long_list_of_samples_takes_no_memory(
+    many: tuple[Path, dict[str, object], list[SampleInfo]], tmp_path: Path
+) -> None:
+    path, record, expected = many
+    copy = tmp_path / "samples.jsonl"
+    copy.write_bytes(path.read_bytes())
+    tracemalloc.start()
+    infos = Infos(copy, record, SIZES)
+    opened, opening = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert opened < 20_000 * 8 + 100_000
+    assert opening < 8e6  # the text is 17 MB, the objects would be some 60
+    copy.unlink()  # as tools/prepare.py does once another list is in its place
+    assert infos[9_999] == expected[9_999]
+
+
+def rewrite_index(out: Path, where: str, **fields: object) -> None:
+    index = json.loads((out / "index.json").read_text())
+    (index[where][0] if where == "shards" else index[where]).update(fields)
+    (out / "index.json").write_text(json.dumps(index))
+
+
+def rewrite_first_sample(out: Path, change: dict[str, object], **style: Any) -> None:
+    """What somebody could write who also writes the hashes."""
+    path = next(out.glob("samples-*.jsonl"))
+    first, rest = path.read_text().split("\n", 1)
+    data = f"{json.dumps(json.loads(first) | change, **style)}\n{rest}".encode()
+    path.write_bytes(data)
+    rewrite_index(out, "samples", bytes=len(data), sha256=hashlib.sha256(data).hexdigest())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hdl.data.workers import in_order
+from hdl.data.workers import _answers, _bundles, in_order
 from hdl.errors import HdlError
 
 ROOT = Path(__file__).parents[2]
@@ -26,6 +26,21 @@ def test_answers_come_in_order() -> None:
     tasks = [(str(i), -i) for i in range(50)]
     for workers in (0, 2):
         assert list(in_order(abs, iter(tasks), workers)) == [(str(i), i) for i in range(50)]
+
+
+def test_bundles_of_jobs_and_answers_too_large_for_one() -> None:
+    """A bundle holds four jobs; answers of a worker are sent when they weigh 1, at the latest."""
+    tasks = [(str(i), -i) for i in range(30)]
+    found = list(in_order(abs, iter(tasks), 2, weight=lambda job: 0.25, answer_weight=heavy))
+    assert found == [(str(i), i) for i in range(30)]
+    bundles = list(_bundles(iter(tasks), lambda job: 0.25))
+    assert [len(bundle) for bundle in bundles] == [4] * 7 + [2]
+    assert [len(bundle) for bundle in _bundles(iter(tasks), lambda job: 7)] == [1] * 30
+    assert _answers(abs, [-1, -2, -9, -9], heavy) == [1, 2]
+
+
+def heavy(answer: int) -> float:
+    return answer / 3
 
 
 def test_killed_worker_is_an_error_that_says_what_to_do() -> None:

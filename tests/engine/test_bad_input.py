@@ -1,15 +1,21 @@
 """What can be wrong with a run is said before it starts, and nothing already made is lost."""
 
+import re
 import shutil
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hdl.config import Train
+import hdl.engine.processes as processes_module
+from hdl.config import Run, Train
 from hdl.data.prepare import Options, prepare
-from hdl.engine.processes import Processes
+from hdl.engine.agreement import account, check_alike, first_difference
+from hdl.engine.processes import Processes, check_described
 from hdl.engine.sharding import read_strategy, shares
 from hdl.errors import HdlError
 from hdl.o1.checkpoint import open_checkpoint
@@ -94,7 +100,7 @@ def poisoned(photos: Path, tiny_base: Path, tmp_path: Path) -> tuple[Path, Path]
 def test_a_loss_that_is_not_finite_stops_the_run(launch: Launch, poisoned: tuple[Path, Path]) -> None:
     base, out = poisoned
     options = {"model__base": base, "data__shards": out, "train__batch_size": 2, "train__steps": 9}
-    run = launch(processes=2, save__every=100, data__caption_dropout=0, **options)
+    run = launch(processes=2, save__every=100, data__caption_dropout=0, train__max_skipped=0, **options)
     assert run.status != 0
     assert "the loss of step" in run.printed and "is not finite" in run.printed
     assert "coffee" in run.printed and "at sigma 0." in run.printed
@@ -130,7 +136,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_anything_is_kept_of_
     (tmp_path / "spoiled.py").write_text(SPOILED)
     pictures = {"prompts": ["a cat"], "every": every, "height": 32, "width": 32, "steps": 2}
     run = launch(
-        script=tmp_path / "spoiled.py", model__dtype=dtype, train__steps=9, save__every=every,
+        script=tmp_path / "spoiled.py", model__dtype=dtype, train__steps=9, save__every=every, train__max_skipped=0,
         **{f"validation__{name}": value for name, value in pictures.items()},
     )  # fmt: skip
     assert run.status != 0
@@ -176,26 +182,99 @@ def test_a_damaged_shard_stops_the_run_before_it_starts(launch: Launch, shards: 
     assert not run.output.exists()
 
 
-def test_a_half_written_checkpoint_is_not_resumed_silently(launch: Launch) -> None:
-    run = launch()
-    assert run.status == 0, run.printed
-    (run.output / "checkpoints" / "step-000004" / "optimizer.safetensors").write_bytes(b"cut")
-    resumed = launch(resume=True, train__steps=6)
-    assert resumed.status == 1 and "step-000004: not a complete checkpoint" in resumed.printed
-    other_rank = launch(resume=True, lora__rank=8, train__steps=6)
-    assert other_rank.status == 1 and "adapter of another shape" in other_rank.printed
-
-
-def test_resuming_with_other_data_changes_nothing(
+def test_a_checkpoint_of_another_adapter_base_or_data_is_not_resumed(
     launch: Launch, photos: Path, tmp_path: Path, tiny_base: Path
 ) -> None:
+    """Told before weights are read, naming both; nothing in the folder changes."""
     run = launch(train__steps=2)
     assert run.status == 0, run.printed
     config = (run.output / "config.toml").read_text()
     prepare(photos, tmp_path / "other", tiny_base, options=Options(area=64))
     resumed = launch(resume=True, data__shards=tmp_path / "other")
-    assert resumed.status == 1 and "was trained on another data" in resumed.printed
+    assert resumed.status == 1 and "step-000002 is of another data (" in resumed.printed
+    resumed = launch(resume=True, lora__rank=8)
+    assert resumed.status == 1
+    assert re.search(
+        r"another adapter shape \(rank 4, targets .*\) than this config's \(rank 8", resumed.printed
+    )
     assert (run.output / "config.toml").read_text() == config
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    file = base / "model-00002-of-00005.safetensors"
+    tensors = load_file(file)
+    tensors["model.language_model.embed_tokens.weight"] += 1
+    save_file(tensors, file)
+    prepare(photos, tmp_path / "shards of it", base, options=Options(area=128))
+    resumed = launch(resume=True, data__shards=tmp_path / "shards of it", model__base=base)
+    assert resumed.status == 1 and re.search(
+        r"another base \(sha256:\w+\) than this config's \(sha256:\w+\)", resumed.printed
+    )
+
+
+def test_an_environment_that_describes_half_a_group() -> None:
+    whole = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    assert check_described({}) and check_described({"WORLD_SIZE": "1"}) and not check_described(whole)
+    for name in whole:
+        with pytest.raises(HdlError, match=f"but not {name}; start with torchrun"):
+            check_described({k: v for k, v in whole.items() if k != name})
+    with pytest.raises(HdlError, match="WORLD_SIZE=two, expected a whole number"):
+        check_described(whole | {"WORLD_SIZE": "two"})
+    with pytest.raises(HdlError, match="RANK=2 with WORLD_SIZE=2; ranks are counted from 0"):
+        check_described(whole | {"RANK": "2"})
+
+
+def test_processes_that_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(processes_module, "MEETING", timedelta(seconds=2))
+    with pytest.raises(HdlError, match="did not meet at 127.0.0.1:1 .* within 2 s"):
+        processes_module.meet()
+
+
+def test_a_torch_without_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    with pytest.raises(HdlError, match="is built without NCCL"):
+        processes_module.check_nccl()
+
+
+def test_ranks_with_another_config_or_code(tiny_base: Path, tmp_path: Path) -> None:
+    sections = {"model": {"base": tiny_base}, "data": {"shards": str(tmp_path)}, "save": {"output": tmp_path}}
+    run = Run.model_validate(sections)
+    other = Run.model_validate(sections | {"train": {"lr": 0.5}})
+    assert first_difference([account(run), account(run)]) is None
+    told = first_difference([account(run), account(run), account(other)])
+    assert told and "rank 2" in told and "has train.lr 0.5, rank 0" in told and "has 0.0001" in told
+    code = account(run).code
+    older = replace(account(run), code=code | {"torch": "2.1.0"})
+    told = first_difference([account(run), older])
+    assert told and "another version of torch than rank 0" in told and "2.1.0 and " in told
+    changed = replace(account(run), code=code | {"hdl's source": "0123456789ab"})
+    told = first_difference([account(run), changed])
+    assert told and "another version of hdl's source" in told and code["hdl's source"] in told
+
+
+def test_clocks_that_are_far_apart_get_a_word(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Run.model_validate(
+        {"model": {"base": tiny_base}, "data": {"shards": str(tmp_path)}, "save": {"output": tmp_path}}
+    )
+
+    def start(skew: float) -> str:
+        class Two(Processes):
+            def gather(self, thing: Any) -> list[Any]:
+                return [thing, replace(thing, clock=thing.clock - skew, host="slow")]
+
+        check_alike(run, Two(0, 2, torch.device("cpu")))
+        return capsys.readouterr().out
+
+    assert start(30) == ""
+    assert "the clock of rank 0" in (told := start(90)) and "90 s ahead of that of rank 1 (slow)" in told
 
 
 def test_ranks_agree_on_an_error() -> None:

@@ -64,7 +64,7 @@ def test_auto_takes_the_fastest_that_fits() -> None:
     assert old.model.weights == "nf4"  # without fp8 arithmetic
     smaller, line = settle(run, REAL, INFOS, 1, gib(5))
     assert smaller.model.stream and f"model.stream {smaller.model.stream}" in line
-    smallest, _ = settle(run, REAL, INFOS, 1, gib(3.2))
+    smallest, _ = settle(run, REAL, INFOS, 1, gib(2.7))
     assert smallest.train.optimizer == "adamw_8bit", "its own optimizer leaves too little room"
     assert run.model.weights == "full" and run.train.optimizer == "adamw"
 

@@ -102,7 +102,7 @@ def test_more_layers_than_there_are(launch: Launch) -> None:
 
 
 def described(base: Path, **model: object) -> Run:
-    nowhere = base / "nowhere"
+    nowhere = str(base / "nowhere")
     return Run.model_validate(
         {"model": {"base": base, **model}, "data": {"shards": nowhere}, "save": {"output": nowhere}}
     )

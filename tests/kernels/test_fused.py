@@ -16,8 +16,8 @@ from hdl.kernels.fuse import cannot_fuse, fuse
 from hdl.kernels.layer import KEPT
 from hdl.kernels.quantize import Rowwise, empty_rows, quantize_rows, quantize_weight
 from hdl.o1.config import O1Config
-from hdl.o1.decoder import O1
-from hdl.o1.layout import Segment, lay_out
+from hdl.o1.decoder import O1, References
+from hdl.o1.layout import Seen, Segment, lay_out
 from hdl.o1.patches import PATCH_DIM
 
 GPU = torch.cuda.is_available()
@@ -140,6 +140,27 @@ def test_levels_can_differ_from_layer_to_layer() -> None:
     (x_pred, gradients), (other_x_pred, other_gradients) = case.run(model), case.run(mixed)
     assert torch.equal(x_pred, other_x_pred)
     assert all(torch.equal(gradients[name], other_gradients[name]) for name in gradients)
+
+
+@pytest.mark.parametrize("keep", ["everything", "input"])
+def test_with_reference_images(keep: str) -> None:
+    """What the visual tower adds after the first layers stands between two that hand gradients to each other."""
+    segment = Segment(9, 2, 3, references=((2, 2),), seen=(Seen(2, 2, 2),))
+    case = Case(SMALL, [segment, Segment(5, 2, 1)])
+    drawn = torch.Generator().manual_seed(3)
+    patches = torch.randn(4, PATCH_DIM, generator=drawn).to(DEVICE)
+    deepstack = [torch.randn(4, SMALL.hidden_size, generator=drawn).to(DEVICE) for _ in range(2)]
+    results = []
+    for fused in (False, True):
+        model = adapted_model(SMALL)
+        if fused:
+            fuse(model, keep=keep)
+        references = References(patches, deepstack)
+        x_pred = model(case.text, case.z, case.t, case.layout, references=references)
+        (x_pred - case.want).square().mean().backward()
+        results.append((x_pred.detach(), gradients_of(model)))
+    (plain, gradients), (fused_x_pred, fused_gradients) = results
+    assert distance(fused_x_pred, plain) < 1e-5 and worst(fused_gradients, gradients) < 1e-5
 
 
 @pytest.mark.parametrize(

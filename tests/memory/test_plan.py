@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,12 @@ from hdl.kernels.layer import KEPT, packs
 from hdl.kernels.linears import PackedLinear
 from hdl.kernels.scratch import Scratch
 from hdl.memory import plan
+from hdl.memory.offload import Offload, Things
 from hdl.memory.plan import FORMS, GIB, GPUS, Strategy, Work, fit, mix, need, step_ms
 from hdl.o1.config import read_config
 from hdl.o1.layout import Segment
 from tests.kernels.test_fused import SMALL, Case, adapted_model
+from tests.memory.test_offload import MIXED_LEVELS
 
 REPOSITORY = Path(__file__).parents[2]
 REAL = read_config(REPOSITORY / "tests/o1/o1-8b-config.json")
@@ -118,7 +121,9 @@ def test_the_best_mix_is_the_best_of_all_mixes() -> None:
 
 
 # tools/bench.py on an H100 (docs/measurements.md, 2026-11-25), nothing recomputed: GiB reserved, ms. fp8 at 2048x1
-# was measured before LoRA was folded in.
+# was measured before LoRA was folded in. All had a bucket of 2e8 bfloat16 numbers, which is not made any more
+# (hdl/engine/sharding.py).
+BUCKET = 2 * 2e8 / GIB
 MEASURED = [
     ("full", (1024, 1024, 1), 20.9, 75.1),
     ("full", (1024, 1024, 4), 37.8, 266.3),
@@ -134,7 +139,7 @@ def test_predictions_agree_with_what_was_measured(
     monkeypatch.setattr(plan, "B16", 2)
     work = Work.of_images(*images, text=160)
     strategy = Strategy(weights, ("everything",) * 36)
-    assert need(REAL, 32, work, strategy).peak / GIB == pytest.approx(gib, rel=0.05)
+    assert need(REAL, 32, work, strategy).peak / GIB + BUCKET == pytest.approx(gib, rel=0.02)
     assert step_ms(REAL, 32, work, strategy, GPUS["h100"]) == pytest.approx(ms, rel=0.1)
 
 
@@ -155,7 +160,118 @@ def test_a_plan_fits_its_card_and_leaves_little_of_it(card: int, monkeypatch: py
 
 
 def test_words_for_a_mix() -> None:
-    assert mix(("everything",) * 2 + ("input",)) == "everything x 2, input x 1"
+    assert mix(("everything", "input", "everything")) == "everything x 2, input x 1"
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 5, 6])
+@pytest.mark.parametrize("levels", [["products"] * 6, MIXED_LEVELS], ids=["alike", "mixed"])
+def test_what_offloading_leaves_on_the_gpu(
+    levels: list[str], count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted while steps are taken: layers' things by when they are there, and bytes that are copied."""
+    config = replace(SMALL, num_hidden_layers=6)
+    work = Work.of(SEGMENTS)
+    model = adapted_model(config)
+    fuse(model, keep=levels, offload=count)
+    here = most = sent = 0
+
+    def come(size: int) -> None:
+        nonlocal here, most
+        here += size
+        most = max(most, here)
+
+    class Counted(layers.InPlace):
+        """Beside the layer's own keeper."""
+
+        def __init__(self, keeper: Any) -> None:
+            self.keeper = keeper
+
+        def make_room(self) -> None:
+            nonlocal here
+            offload = getattr(self.keeper, "offload", None)
+            before = set(offload._leaving) if offload else set()
+            self.keeper.make_room()
+            here -= sum(things_of[j] for j in before - set(offload._leaving if offload else ()))
+
+        def put(self, things: Things) -> Any:
+            size = counted_as(things)
+            come(size)
+            things_of[getattr(self.keeper, "j", None)] = size
+            return Taken(self.keeper.put(things), size)
+
+    class Taken:
+        def __init__(self, kept: Any, size: int) -> None:
+            self.kept, self.size = kept, size
+
+        def take(self) -> Things:
+            return self.kept.take()
+
+        def done(self) -> None:
+            nonlocal here
+            here -= self.size
+            before = set(decoder.offload._coming)
+            self.kept.done()
+            for j in set(decoder.offload._coming) - before:
+                come(things_of[j])
+
+    def counted_as(things: Things) -> int:
+        """With the numbers that cuDNN's attention keeps and PyTorch's does not."""
+        extra = plan.F32 * config.num_attention_heads * work.tokens if "o_in" in things else 0
+        return bytes_of(things, set()) + extra
+
+    send = Offload.send
+
+    def counted_send(self: Offload, j: int, things: Things) -> None:
+        nonlocal sent
+        sent += counted_as(things)
+        send(self, j, things)
+
+    monkeypatch.setattr(Offload, "send", counted_send)
+    decoder = model.get_submodule("base_model.model.model.language_model").forward.__self__  # type: ignore[union-attr]
+    things_of: dict[Any, int] = {}
+    for layer in decoder.layers:
+        layer.keeper = Counted(layer.keeper)
+    Case(config, SEGMENTS).run(model)
+    assert here == 0
+    sizes = [plan.kept_bytes(config, RANK, work, level) for level in levels]
+    assert most == plan.held_bytes(sizes, count) <= sum(sizes)
+    assert sent == plan.sent_bytes(sizes, count)
+    needs = [need(config, RANK, work, Strategy("full", tuple(levels), offload=n)) for n in (count, 0)]
+    assert needs[1].activations - needs[0].activations == sum(sizes) - most
+    assert needs[0].activations_on_host == sent and needs[1].activations_on_host == 0
+
+
+def test_what_is_hidden_costs_nothing_and_the_rest_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "B16", 2)
+    work, gpu = Work.of_images(2048, 2048, 1, text=160), GPUS["h100"]
+
+    def ms(gpu: plan.Gpu = gpu, **settings: Any) -> float:
+        return step_ms(REAL, 32, work, Strategy("fp8", ("products",) * 36, **settings), gpu)
+
+    assert ms(offload=8) == ms()
+    slow = replace(gpu, host=gpu.host / 4)
+    assert ms(slow, offload=8) > ms(), "2 GB of products in 60 ms are more than 14 GB/s"
+    sent = plan.sent_bytes([plan.kept_bytes(REAL, 32, work, "products")] * 36, 36)
+    assert ms(offload=36) > 2e3 * sent / (gpu.host * 1e9) > ms()
+    # A forward pass waits for as many streamed weights as a backward pass, in half of its time.
+    block = sum(plan.block_bytes(pack, "fp8") for pack in plan.packs(REAL, 32).values())
+    copied = 1e3 * 34 * block / (gpu.host * 1e9)
+    assert ms(stream=36) > ms() + 0.3 * copied and ms(stream=36) > 2 * copied
+
+
+def test_the_hosts_memory_is_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "B16", 2)
+    work = Work.of_images(2048, 2048, 1, text=160)
+
+    def best(host: plan.Host) -> plan.Choice:
+        return plan.choices(REAL, 32, work, "adamw", 1, 11 * GIB, GPUS["h100"], host)[0]
+
+    free, bound, shared = (
+        best(plan.Host(*host)) for host in ((float("inf"), 1), (4 * GIB, 1), (20 * GIB, 8))
+    )
+    assert free.strategy and bound.strategy and shared.strategy
+    assert free.need.on_host() > 4 * GIB >= bound.need.on_host() and bound.ms > free.ms
+    assert shared.need.on_host(8) <= 20 * GIB, "each of 8 GPUs sends its own activations"
 
 
 def run_tool(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -177,7 +293,7 @@ def test_the_tool_writes_a_preset_that_a_run_takes(tmp_path: Path) -> None:
     assert model.weights in FORMS and len(model.keep) == 36
     assert Train(**written["train"]).optimizer == "adamw"
     first = next(line for line in ran.stdout.splitlines() if line.startswith(f"| {model.weights} |"))
-    assert float(first.split("|")[8]) <= 15.0
+    assert float(first.split("|")[9]) <= 15.0
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ class LateMover:
 
     log: list[str]
 
-    def __init__(self, slots: Sequence[Tensor]) -> None:
+    def __init__(self, device: torch.device, slots: Sequence[Tensor]) -> None:
         self.slots = slots
 
     def copy(self, slot: Tensor, block: Tensor) -> "Late":

@@ -1,0 +1,37 @@
+"""The contact sheet: all images and captions, in one file that needs nothing else."""
+
+import base64
+import io
+import re
+from pathlib import Path
+
+import pytest
+from block_pictures import NAMES
+from PIL import Image
+
+from hdl.caption.sheet import Row, write_sheet
+
+
+def test_every_image_and_caption_is_in_it_and_text_is_escaped(images: Path, tmp_path: Path) -> None:
+    rows = [
+        Row(name, {f"{name}.txt": f"<script>alert('{name}')</script> & more"}, ["by hand"]) for name in NAMES
+    ]
+    write_sheet(tmp_path / "s.html", images, rows, ["a <b> summary"])
+    page = (tmp_path / "s.html").read_text()
+    assert "<script" not in page and "a &lt;b&gt; summary" in page
+    for name in NAMES:
+        assert f"&lt;script&gt;alert(&#x27;{name}&#x27;)&lt;/script&gt; &amp; more" in page
+    pictures = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', page)
+    assert [Image.open(io.BytesIO(base64.b64decode(p))).size for p in pictures] == [(96, 64)] * len(NAMES)
+    assert not re.findall(r'(?:src|href)="(?!data:|#)', page), "it must work offline"
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_pages_and_an_unreadable_image(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hdl.caption.sheet.PAGE", 3)
+    (images / "c.png").write_bytes(b"no image")
+    write_sheet(tmp_path / "s.html", images, [Row(name, {}, []) for name in NAMES], [])
+    sections = re.findall(r'<section id="page\d">.*?</section>', (tmp_path / "s.html").read_text(), re.DOTALL)
+    assert [section.count("<article>") for section in sections] == [3, 1]
+    assert all('href="#page2"' in section for section in sections)
+    assert "the content is damaged" in sections[0] and sections[0].count("no caption") == 3
