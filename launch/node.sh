@@ -195,6 +195,7 @@ stop() {
         notified=yes
         notify &
         helpers+=($!)
+        disown # bash need not tell of its end
     fi
 }
 
@@ -212,6 +213,7 @@ set +m
 if [ "$node" -gt 0 ]; then
     guard &
     helpers+=($!)
+    disown
 fi
 while $interrupted; do # a signal ends `wait` before its time
     interrupted=false

@@ -4,13 +4,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from block_pictures import NAMES, put
-from stub_server import StubServer
-from tiny_vlm import make_tiny_vlm
 
 from hdl.caption.run import caption
 from hdl.caption.settings import Settings
 from hdl.caption.summary import Summary
+from tests.caption.block_pictures import NAMES, put
+from tests.caption.stub_server import StubServer
+from tests.caption.tiny_vlm import make_tiny_vlm
 
 
 @pytest.fixture

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from block_pictures import NAMES
 
 from hdl.caption.models import LocalModel
 from hdl.caption.question import picture
 from hdl.caption.run import caption
 from hdl.caption.settings import Settings
 from hdl.errors import HdlError
+from tests.caption.block_pictures import NAMES
 
 CPU = torch.device("cpu")
 

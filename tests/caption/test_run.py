@@ -13,9 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from block_pictures import NAMES, put
 from PIL import Image
-from stub_server import StubServer
 
 from hdl.caption.run import caption
 from hdl.caption.settings import Settings
@@ -23,6 +21,8 @@ from hdl.caption.summary import Summary, describe
 from hdl.data.files import list_folder
 from hdl.errors import HdlError
 from hdl.seeds import derive_seed
+from tests.caption.block_pictures import NAMES, put
+from tests.caption.stub_server import StubServer
 
 TOOL = Path(__file__).parents[2] / "tools" / "caption.py"
 FILES = ("a.txt", "b.txt", "c.txt", "sub/d.txt")

@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
-from block_pictures import NAMES
 from PIL import Image
 
 from hdl.caption.sheet import Row, write_sheet
+from tests.caption.block_pictures import NAMES
 
 
 def test_every_image_and_caption_is_in_it_and_text_is_escaped(images: Path, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fakes import FakeShards, info, mixture, several, source
 
 from hdl.data import batches as module
 from hdl.data.batches import Batch, Batches
@@ -21,6 +20,7 @@ from hdl.data.shards import Shards
 from hdl.data.steps import BySamples, ByTokens, Steps
 from hdl.errors import HdlError
 from hdl.o1.patches import patchify
+from tests.data.fakes import FakeShards, info, mixture, several, source
 from tests.data.image_folders import noise, put
 
 

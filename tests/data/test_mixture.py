@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fakes import info, mixture, several, source
 
 from hdl.config import Data, Source, load_run, save_run
 from hdl.data import mixture as module
@@ -14,6 +13,7 @@ from hdl.data.order import Stream
 from hdl.data.quotas import Quotas
 from hdl.data.tally import Tally
 from hdl.errors import HdlError
+from tests.data.fakes import info, mixture, several, source
 
 
 def test_whole_counts_are_drawn_exactly_and_others_on_average() -> None:

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from fakes import info, mixture, several
 
 from hdl.bench.cases import RATIOS
 from hdl.data.buckets import choose_bucket
@@ -11,6 +10,7 @@ from hdl.data.picks import NO_CAPTION, Draws
 from hdl.data.samples import SampleInfo
 from hdl.data.steps import BySamples, ByTokens, Steps
 from hdl.errors import HdlError
+from tests.data.fakes import info, mixture, several
 
 
 def stream_of(sides: tuple[int, ...], count: int, captions: tuple[int, int] = (20, 400)) -> list[SampleInfo]:

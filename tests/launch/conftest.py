@@ -15,7 +15,6 @@ from torch import Tensor
 from tests.engine.conftest import REPOSITORY, Finished, photos, shards  # noqa: F401  # fixtures
 
 STEPS = 24
-# Python lets go of a signal's default, and of what torchrun and Slurm say of this process, when it starts another.
 ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0", "PYTHONPATH": str(REPOSITORY),
     "RESTARTS": "0",
@@ -89,10 +88,19 @@ def clean(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
+def alone(describe: Describe) -> Described:
+    """STEPS steps on one process."""
+    return _trained(describe("alone"), "1")
+
+
+@pytest.fixture(scope="session")
 def undisturbed(describe: Describe) -> Described:
-    """STEPS steps on two processes of one node, with launch/node.sh."""
-    run = describe("undisturbed")
-    done = node(run, PROCESSES="2")
+    """The same on two processes of one node."""
+    return _trained(describe("undisturbed"), "2")
+
+
+def _trained(run: Described, processes: str) -> Described:
+    done = node(run, PROCESSES=processes)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{STEPS}" in run.saved()[-1]
+    assert run.saved()[-1] == f"step-{STEPS:06d}"
     return run

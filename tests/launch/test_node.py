@@ -33,10 +33,10 @@ def shm() -> set[Path]:
     return set(Path("/dev/shm").glob(f"hdl-{os.getuid()}-*"))
 
 
-def test_stopped_then_continued_by_way_of_shared_memory(describe: Describe, undisturbed: Described) -> None:
+def test_stopped_then_continued_by_way_of_shared_memory(describe: Describe, alone: Described) -> None:
     """SIGTERM in mid-run: 85, and continued it ends as the run that nothing came between."""
     run, before = describe("stopped"), shm()
-    environment = clean(os.environ) | ENVIRONMENT | {"PROCESSES": "2", "SHM_CACHE_GIB": "0.5"}
+    environment = clean(os.environ) | ENVIRONMENT | {"SHM_CACHE_GIB": "0.5"}
     command = [REPOSITORY / "launch" / "node.sh", run.config, "--resume", "auto"]
     with subprocess.Popen(
         command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -54,9 +54,9 @@ def test_stopped_then_continued_by_way_of_shared_memory(describe: Describe, undi
     stopped = int(run.saved()[-1].removeprefix("step-"))
     assert 0 < stopped < STEPS
 
-    done = node(run, "--resume", "auto", PROCESSES="2")
+    done = node(run, "--resume", "auto")
     assert done.returncode == 0 and f"step {stopped}" in done.stdout, done.stdout + done.stderr
-    expected = undisturbed.adapter
+    expected = alone.adapter
     assert all(torch.equal(tensor, expected[name]) for name, tensor in run.adapter.items())
 
 

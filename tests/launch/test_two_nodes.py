@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.engine.conftest import REPOSITORY
-from tests.launch.conftest import ENVIRONMENT, STEPS, Describe, Described, clean, node
+from tests.launch.conftest import ENVIRONMENT, STEPS, Describe, Described, clean
 from tests.launch.two_nodes import Node, lacking, two_nodes
 
 pytestmark = pytest.mark.skipif(lacking() is not None, reason=f"no nodes here: {lacking()}")
@@ -60,29 +60,20 @@ class Pair:
         return [log.read_text(errors="replace") for log in self.logs]
 
 
-@pytest.fixture(scope="module")
-def alone(describe: Describe) -> dict[int, float]:
-    """Losses of one process."""
-    run = describe("alone")
-    done = node(run)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return run.losses()
-
-
 def test_zero3_over_a_cable_is_the_run_of_one_process(
-    nodes: tuple[Node, Node], describe: Describe, alone: dict[int, float], tmp_path: Path
+    nodes: tuple[Node, Node], describe: Describe, alone: Described, tmp_path: Path
 ) -> None:
     run = describe("zero3", deepspeed=str(REPOSITORY / "ds_configs" / "zero3.json"))
     pair = Pair(nodes, run, tmp_path)
     assert pair.statuses(400) == [0, 0], pair.told()
     assert "on 2 process(es) on cpu" in "".join(pair.told())
-    assert run.losses() == pytest.approx(alone, rel=1e-4)
+    assert run.losses() == pytest.approx(alone.losses(), rel=1e-4)
 
 
 def test_zero2_and_the_cable_cut(
     nodes: tuple[Node, Node],
     describe: Describe,
-    alone: dict[int, float],
+    alone: Described,
     undisturbed: Described,
     tmp_path: Path,
 ) -> None:
@@ -110,6 +101,6 @@ def test_zero2_and_the_cable_cut(
     assert again.statuses(400) == [0, 0], again.told()
     assert "resuming after step" in again.told()[0] + again.told()[1]
     assert run.losses() == undisturbed.losses() and len(run.losses()) == STEPS
-    assert run.losses() == pytest.approx(alone, rel=1e-4)
+    assert run.losses() == pytest.approx(alone.losses(), rel=1e-4)
     expected = undisturbed.adapter
     assert all(torch.equal(tensor, expected[name]) for name, tensor in run.adapter.items())
