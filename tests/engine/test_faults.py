@@ -21,6 +21,8 @@ from hdl.engine.watch import PAUSE, Pace
 from tests.engine.conftest import REPOSITORY, Finished
 from tests.engine.forked import Job, Server, until
 
+pytestmark = pytest.mark.job
+
 Described = Callable[..., list[str]]
 PATIENCE = 6.0  # seconds; of train.patience where something hangs
 

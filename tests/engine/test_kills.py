@@ -27,6 +27,8 @@ SLOW_WRITING = """
 import os, time
 import hdl.engine.checkpoints as checkpoints
 
+pytestmark = pytest.mark.job
+
 def sha256(file, really=checkpoints.sha256):
     time.sleep(0.02)
     return really(file)

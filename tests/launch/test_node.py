@@ -12,6 +12,8 @@ import torch
 from tests.engine.conftest import REPOSITORY
 from tests.launch.conftest import ENVIRONMENT, STEPS, Describe, Described, clean, node
 
+pytestmark = pytest.mark.job
+
 
 @pytest.mark.parametrize(
     ("environment", "said"),

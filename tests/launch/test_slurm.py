@@ -11,7 +11,10 @@ from tests.engine.conftest import REPOSITORY
 from tests.launch.conftest import ENVIRONMENT, STEPS, Describe, Described
 from tests.launch.slurm_cluster import Cluster, cluster, lacking
 
-pytestmark = pytest.mark.skipif(lacking() is not None, reason=f"no Slurm here: {lacking()}")
+pytestmark = [
+    pytest.mark.job,
+    pytest.mark.skipif(lacking() is not None, reason=f"no Slurm here: {lacking()}"),
+]
 OVERRIDES = ["--cpus-per-task=1", "--time=30"]  # the files' own are for nodes with eight GPUs
 NO_GPUS = {"train.sbatch": "--gpus-per-node=0", "array.sbatch": "--gpus=0"}
 

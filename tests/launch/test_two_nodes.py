@@ -13,7 +13,10 @@ from tests.engine.conftest import REPOSITORY
 from tests.launch.conftest import ENVIRONMENT, STEPS, Describe, Described, clean
 from tests.launch.two_nodes import Node, lacking, two_nodes
 
-pytestmark = pytest.mark.skipif(lacking() is not None, reason=f"no nodes here: {lacking()}")
+pytestmark = [
+    pytest.mark.job,
+    pytest.mark.skipif(lacking() is not None, reason=f"no nodes here: {lacking()}"),
+]
 PORT = 29411
 PATIENCE = 20.0  # train.patience, seconds; 60 is the goal until both nodes have ended
 
