@@ -4,9 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from image_folders import BASE
 
 from hdl.data.prepare import Options, Summary, prepare
+from tests.data.image_folders import BASE
 
 AREA_64 = Options(area=64)
 

@@ -5,12 +5,12 @@ import random
 
 import numpy as np
 import pytest
-from image_folders import noise
 from PIL import Image
 
 from hdl.data import buckets
 from hdl.data.buckets import choose_bucket, fit
 from hdl.o1 import patches
+from tests.data.image_folders import noise
 
 RANDOM = random.Random(0)
 SIZES = [(RANDOM.randint(32, 5000), RANDOM.randint(32, 5000)) for _ in range(200)]

@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from image_folders import put
 
 from hdl.data.captions import (
     CaptionOptions,
@@ -21,6 +20,7 @@ from hdl.data.captions import (
 from hdl.data.images import Skip
 from hdl.data.sentences import reordered, sentences
 from hdl.errors import HdlError
+from tests.data.image_folders import put
 
 
 def test_caption_is_stripped_and_may_have_a_byte_order_mark(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import skimage
 import torch
-from image_folders import BASE, noise, put
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -25,6 +24,7 @@ from hdl.data.shards import VERSION, Shards
 from hdl.errors import HdlError
 from hdl.o1.checkpoint import open_checkpoint
 from hdl.o1.prompt import PromptEncoder
+from tests.data.image_folders import BASE, noise, put
 
 ROOT = Path(__file__).parents[2]
 SMALL_SHARDS = 60_000  # bytes; a 64x64 sample takes some 20 kB

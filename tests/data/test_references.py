@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from image_folders import noise
 from PIL import Image
 from safetensors.numpy import load_file
 
 from hdl.data.images import Skip
 from hdl.data.pictures import patches_of
 from hdl.data.references import largest_side, reference_size, resize_reference
+from tests.data.image_folders import noise
 
 
 @pytest.mark.parametrize("name", ["edit1", "edit2"])

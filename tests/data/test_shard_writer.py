@@ -5,10 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import webdataset
-from image_folders import noise, put
 
 from hdl.data.prepare import Summary
 from hdl.data.shards import Shards
+from tests.data.image_folders import noise, put
 
 
 def test_shards_are_the_tars_that_webdataset_writes(images: Path, run: Callable[..., Summary]) -> None:

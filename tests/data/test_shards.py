@@ -14,7 +14,6 @@ import pytest
 import safetensors.torch
 import torch
 import webdataset
-from image_folders import BASE, noise, put
 
 from hdl.data import infos as infos_module
 from hdl.data.buckets import fit
@@ -26,6 +25,7 @@ from hdl.errors import HdlError
 from hdl.o1.checkpoint import open_checkpoint
 from hdl.o1.patches import unpatchify
 from hdl.o1.prompt import UNCONDITIONAL_PROMPT, PromptEncoder
+from tests.data.image_folders import BASE, noise, put
 
 SMALL_SHARDS = 60_000  # bytes; a 64x64 sample takes some 20 kB
 Run = Callable[..., Summary]

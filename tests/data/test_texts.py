@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from image_folders import BASE
 
 from hdl.data import texts
 from hdl.data.images import Skip
@@ -10,6 +9,7 @@ from hdl.data.samples import Prompt, Tokens
 from hdl.data.texts import Texts
 from hdl.o1.checkpoint import open_checkpoint
 from hdl.o1.prompt import PromptEncoder
+from tests.data.image_folders import BASE
 
 CAPTIONS = [
     "a red house",

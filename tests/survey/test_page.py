@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import skimage
-from image_folders import noise
 from PIL import Image, ImageFilter
 
 from hdl.data.images import Skip
@@ -16,6 +15,7 @@ from hdl.survey.digest import Digest, Entry
 from hdl.survey.html import counts_between, nearest_shape
 from hdl.survey.page import page, write_survey_page
 from hdl.survey.survey import Facts, Survey
+from tests.data.image_folders import noise
 
 SHELF = Path(skimage.__file__).parent / "data"
 WICKED = "<script>alert('1 & 2')</script>"

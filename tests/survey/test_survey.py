@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import skimage
-from image_folders import noise
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 
 from hdl.data.images import Skip
 from hdl.survey.digest import BLURRED
 from hdl.survey.survey import HASH_DISTANCE, Survey, alike, look_at, near_pairs, survey, thumbnails
+from tests.data.image_folders import noise
 
 SHELF = Path(skimage.__file__).parent / "data"
 PHOTOGRAPHS = [
