@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from hdl.data.prepare import Options, prepare
 from hdl.engine.processes import Processes, process_group
+from tests.engine.forked import Server
 
 REPOSITORY = Path(__file__).parents[2]
 PHOTOGRAPHS = ("astronaut", "coffee", "chelsea", "rocket", "camera", "coins")
@@ -126,3 +127,26 @@ def launch(shards: Path, tiny_base: Path, tmp_path: Path) -> Launch:
         return Finished(done.returncode, done.stdout + done.stderr, tmp_path / output)
 
     return start
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Starts jobs of several ranks in a second (tests/engine/forked.py)."""
+    with Server(tmp_path_factory.mktemp("jobs")) as started:
+        yield started
+
+
+@pytest.fixture
+def described(shards: Path, tiny_base: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """The arguments of a small run into tmp_path/NAME, with more of them as given."""
+
+    def arguments(name: str, **options: object) -> list[str]:
+        usual: dict[str, object] = {
+            "model__base": tiny_base, "data__shards": shards, "lora__rank": 4, "lora__dropout": 0.1,
+            "train__steps": 12, "train__batch_size": 4, "train__lr": 1e-2, "train__warmup_steps": 2,
+            "train__schedule": "cosine", "train__seed": 3, "save__every": 3, "save__output": tmp_path / name,
+        }  # fmt: skip
+        flags = {"--" + option.replace("__", "."): str(value) for option, value in (usual | options).items()}
+        return [word for flag in flags.items() for word in flag]
+
+    return arguments
