@@ -43,8 +43,8 @@ class PromptEncoder:
         taken = len(ids) - sum(rows * cols - max(rows, cols) for rows, cols in images)  # positions
         if taken > IMAGE_POSITION:
             raise HdlError(
-                f"a prompt of {len(ids)} tokens ({prompt[:60]!r}…) is too long: it takes {taken} positions and the "
-                f"image's start at {IMAGE_POSITION}; shorten it"
+                f"a prompt of {len(ids)} tokens ({prompt[:60]!r}…) is too long: the image's positions start at "
+                f"{IMAGE_POSITION}, and it takes {taken}; shorten it"
             )
         if max(ids) >= self.checkpoint.config.vocab_size:
             raise HdlError(

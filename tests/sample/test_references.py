@@ -80,7 +80,7 @@ def test_references_that_cannot_be_taken(tools: Tools, tmp_path: Path) -> None:
         edit_request(tower, encoder, "x", [picture(64, 64, 0)] * 11, 64, 64, 0)
     with pytest.raises(HdlError, match="a reference for 32x32 px: .* would have to fit"):
         edit_request(tower, encoder, "x", [picture(640, 64, 0)] * 3, 32, 32, 0)
-    with pytest.raises(HdlError, match=r"takes \d+ positions and the image's start at 4096; shorten it"):
+    with pytest.raises(HdlError, match=r"the image's positions start at 4096, and it takes \d+; shorten it"):
         edit_request(tower, encoder, "word " * 4096, [picture(64, 64, 0)], 64, 64, 0)
     with pytest.raises(HdlError, match=r"gives? 2 <\|image_pad\|> for 1 reference images"):
         edit_request(tower, encoder, "a <|image_pad|> b", [picture(64, 64, 0)], 64, 64, 0)
