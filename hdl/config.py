@@ -10,8 +10,6 @@ named with what was expected.
 """
 
 import argparse
-import difflib
-import tomllib
 from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NoReturn
@@ -22,6 +20,7 @@ from pydantic_settings import BaseSettings, CliSettingsSource, PydanticBaseSetti
 
 from hdl.errors import HdlError
 from hdl.o1.patches import PATCH
+from hdl.toml import did_you_mean, read_toml
 
 # The seven linears of every decoder layer; a regular expression over module names, as PEFT takes it.
 DECODER_LINEARS = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
@@ -303,7 +302,7 @@ def load_run(arguments: list[str]) -> Run:
     flags = _resume_alone(arguments[len(files) :])
     described: dict[str, Any] = {}
     for file in files:
-        for name, fields in _read_toml(file).items():
+        for name, fields in read_toml(file, "describes the run").items():
             merged = isinstance(fields, dict) and isinstance(described.get(name), dict)
             described[name] = described[name] | fields if merged else fields
 
@@ -348,21 +347,12 @@ def save_run(run: Run, path: Path) -> None:
     path.write_text(tomli_w.dumps(run.model_dump(mode="json", exclude_none=True, exclude={"resume"})))
 
 
-def _read_toml(file: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise HdlError(f"{file}: no such config; give a TOML file that describes the run") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise HdlError(f"{file}: not readable as TOML ({error})") from None
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         hint = ""
         if message.startswith("unrecognized arguments: "):
             flag = message.removeprefix("unrecognized arguments: ").split()[0].lstrip("-").split("=")[0]
-            hint = _did_you_mean(flag, _all_fields())
+            hint = did_you_mean(flag, _all_fields())
         raise HdlError(f"command line: {message}{hint}; train.py --help lists every option")
 
 
@@ -377,7 +367,7 @@ def _all_fields() -> list[str]:
 def _explain(error: Any) -> str:
     name = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        return f"unknown option {name}{_did_you_mean(name, _all_fields() + list(Run.model_fields))}"
+        return f"unknown option {name}{did_you_mean(name, _all_fields() + list(Run.model_fields))}"
     if error["type"] == "missing":
         inner = (
             getattr(Run.model_fields[name].annotation, "model_fields", {}) if name in Run.model_fields else {}
@@ -389,8 +379,3 @@ def _explain(error: Any) -> str:
     found = error["input"]
     shown = "" if isinstance(found, (dict, BaseModel)) else f" (found {found!r})"
     return f"{name}: {message}{shown}"
-
-
-def _did_you_mean(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" (did you mean {close[0]}?)" if close else ""

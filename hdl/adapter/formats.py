@@ -130,10 +130,10 @@ def check_fits(adapter: Adapter, checkpoint: Checkpoint, name: str) -> str | Non
         raise HdlError(
             f"{name} does not fit {checkpoint.path}: {'; '.join(problems)}. Use it with the base it was trained on"
         )
-    trained_on, here = adapter.metadata.get(BASE), checkpoint.fingerprint()
+    trained_on = adapter.metadata.get(BASE)
     if trained_on is None:
         return f"{name} does not say which base it was trained on; its shapes fit {checkpoint.path}, the rest is trust"
-    if trained_on != here:
+    if trained_on != (here := checkpoint.fingerprint()):
         raise HdlError(
             f"{name} was trained on another base: it names {trained_on}, {checkpoint.path} is {here}. Use it with "
             "its own base"

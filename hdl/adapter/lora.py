@@ -60,14 +60,28 @@ def save_adapter(
     metadata: what else the file is to say of itself, from hdl.adapter.metadata.describe; rank and alpha are added.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    named = get_peft_model_state_dict(model, state_dict=weights, save_embedding_layers=False)
-    config = model.peft_config["default"]
-    assert isinstance(config, LoraConfig)
+    config = _config_of(model)
     about = {**(metadata or {}), **sizes([config.r], [config.lora_alpha]), "format": "pt"}
+    named = {stored: weights[name] for name, stored in stored_names(model).items()}
     write_tensors(folder / WEIGHTS_FILE, named, about)
+    (folder / CONFIG_FILE).write_text(adapter_config(model), encoding="utf-8")
+
+
+def stored_names(model: PeftModel) -> dict[str, str]:
+    """Names of `adapter_parameters` -> PEFT's for them in a file."""
+    parameters = adapter_parameters(model)
+    name_of = {id(p): name for name, p in parameters.items()}
+    in_file = get_peft_model_state_dict(model, state_dict=parameters, save_embedding_layers=False)
+    return {name_of[id(p)]: stored for stored, p in in_file.items()}
+
+
+def adapter_config(model: PeftModel) -> str:
+    """adapter_config.json, for a model to draw with."""
+    config = _config_of(model)
     config.inference_mode, training = True, config.inference_mode
-    (folder / CONFIG_FILE).write_text(config_text(config), encoding="utf-8")
+    text = config_text(config)
     config.inference_mode = training
+    return text
 
 
 def read_adapter(model: PeftModel, folder: Path) -> dict[str, Tensor]:
@@ -80,11 +94,8 @@ def read_adapter(model: PeftModel, folder: Path) -> dict[str, Tensor]:
     except (OSError, SafetensorError) as error:
         raise HdlError(f"{folder / WEIGHTS_FILE}: not readable ({error})") from None
     parameters = adapter_parameters(model)
-    name_of = {id(p): name for name, p in parameters.items()}
-    in_file = get_peft_model_state_dict(
-        model, state_dict=parameters, save_embedding_layers=False
-    )  # PEFT's names in the file
-    expected = {stored: _shape(in_file, stored) for stored in in_file}
+    name_of = {stored: name for name, stored in stored_names(model).items()}
+    expected = {stored: _shape(parameters, name) for stored, name in name_of.items()}
     wrong = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != _shape(found, n))
     if wrong:
         raise HdlError(
@@ -92,7 +103,7 @@ def read_adapter(model: PeftModel, folder: Path) -> dict[str, Tensor]:
             f"expected {expected.get(wrong[0])} ({len(wrong)} tensors differ); use the rank and targets it was "
             "made with"
         )
-    return {name_of[id(in_file[stored])]: weight for stored, weight in found.items()}
+    return {name_of[stored]: weight for stored, weight in found.items()}
 
 
 def load_adapter(model: PeftModel, folder: Path) -> None:
@@ -114,6 +125,12 @@ def open_adapter(model: O1, folder: Path) -> PeftModel:
     adapted = get_peft_model(model, config)  # type: ignore[arg-type]
     load_adapter(adapted.train(), folder)
     return adapted.requires_grad_(False).eval()
+
+
+def _config_of(model: PeftModel) -> LoraConfig:
+    config = model.peft_config["default"]
+    assert isinstance(config, LoraConfig)
+    return config
 
 
 def _shape(tensors: dict[str, Tensor] | dict[str, nn.Parameter], name: str) -> list[int] | None:

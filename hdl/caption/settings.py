@@ -3,9 +3,7 @@
 One flat TOML file (`--config caption.toml`); the flags of tools/caption.py set the same fields on top of it.
 """
 
-import difflib
 import re
-import tomllib
 from pathlib import Path
 from string import Formatter
 from typing import Annotated, Any, Literal, Self
@@ -14,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from hdl.data.captions import CaptionOptions, Look
 from hdl.errors import HdlError
+from hdl.toml import did_you_mean, read_toml
 
 PROMPT = """\
 Write a caption of this picture for training an image generator: one paragraph of plain prose in English, 60 to \
@@ -136,7 +135,7 @@ def load_settings(config: Path | None, flags: dict[str, Any]) -> Settings:
 
     HdlError for anything that is not valid, unknown keys included.
     """
-    described = read_toml(config) if config else {}
+    described = read_toml(config, "says how to caption") if config else {}
     for name, value in flags.items():
         merged = isinstance(value, dict) and isinstance(described.get(name), dict)
         described[name] = described[name] | value if merged else value
@@ -147,21 +146,11 @@ def load_settings(config: Path | None, flags: dict[str, Any]) -> Settings:
         raise HdlError(where + "; ".join(explain(e) for e in error.errors())) from None
 
 
-def read_toml(file: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise HdlError(f"{file}: no such config; give a TOML file that says how to caption") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise HdlError(f"{file}: not readable as TOML ({error})") from None
-
-
 def explain(error: Any) -> str:
     name = ".".join(str(part) for part in error["loc"])
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(name, Settings.model_fields, n=1, cutoff=0.5)
-        return f"unknown option {name}" + (f" (did you mean {close[0]}?)" if close else "")
+        return f"unknown option {name}{did_you_mean(name, Settings.model_fields)}"
     if not name:
         return message
     return f"{name}: {message} (found {error['input']!r})"

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from hdl.data.index import VERSION
 from hdl.data.samples import SampleInfo, info_from_json
-from hdl.data.shards import VERSION, read_checked
+from hdl.data.shards import read_checked
 from hdl.errors import HdlError
 
 UNFINISHED_FILE = "unfinished.jsonl"

@@ -12,8 +12,9 @@ import numpy as np
 
 from hdl.data.earlier import Earlier, short_hash
 from hdl.data.files import Folder
+from hdl.data.index import INDEX_FILE
 from hdl.data.shard_writer import LOCK_FILE, OWN
-from hdl.data.shards import INDEX_FILE, read_index
+from hdl.data.shards import read_index
 from hdl.errors import HdlError
 
 

@@ -32,11 +32,12 @@ from hdl.data.captions import (
 from hdl.data.earlier import Earlier, Known, read_earlier
 from hdl.data.files import Folder, list_folder
 from hdl.data.images import Skip
+from hdl.data.index import VERSION
 from hdl.data.output import check_same_images, claimed
 from hdl.data.pictures import Job, Picture, Pictures, answer_weight, job_weight, pictures_or_skip
 from hdl.data.samples import SampleInfo, Tokens, hash_of_captions, payload_of
 from hdl.data.shard_writer import SHARD_BYTES, ShardWriter
-from hdl.data.shards import VERSION, check_base
+from hdl.data.shards import check_base
 from hdl.data.summary import Summary, nothing_usable, write_report
 from hdl.data.summary import describe as describe
 from hdl.data.texts import Texts

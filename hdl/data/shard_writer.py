@@ -25,8 +25,9 @@ from typing import IO, Any
 import numpy as np
 
 from hdl.data.earlier import UNFINISHED_FILE, Earlier, Known, short_hash
+from hdl.data.index import FORMAT, INDEX_FILE, VERSION
 from hdl.data.samples import SampleInfo, info_to_json
-from hdl.data.shards import FORMAT, INDEX_FILE, VERSION, dataset_hash, read_payload, write_durably
+from hdl.data.shards import dataset_hash, read_payload, write_durably
 from hdl.o1.patches import PATCH
 
 SHARD_BYTES = 256 * 2**20  # some 80 samples of 1024² px; at most so much is lost when a run is killed

@@ -24,9 +24,7 @@ from typing import Any
 
 from hdl.data.elsewhere import CacheOptions, Elsewhere
 from hdl.data.fetch import ShardLost
-from hdl.data.index import FORMAT as FORMAT
 from hdl.data.index import INDEX_FILE, INDEX_LIMIT, PREPARE_AGAIN, parse_index, shard_bytes
-from hdl.data.index import VERSION as VERSION
 from hdl.data.infos import Infos
 from hdl.data.samples import Sample, SampleInfo, prompt_from, sample_from
 from hdl.data.storage import folder_of, source_of

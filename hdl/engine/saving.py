@@ -7,7 +7,6 @@ next step (`problem`), on which all ranks then agree.
 
 import json
 import shutil
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -16,13 +15,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
-from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from hdl.adapter.flat import in_flat
-from hdl.adapter.lora import CONFIG_FILE, WEIGHTS_FILE, adapter_parameters
+from hdl.adapter.lora import CONFIG_FILE, WEIGHTS_FILE, adapter_config, stored_names
 from hdl.config import Save
 from hdl.engine.checkpoints import (
     OPTIMIZER_FILE,
@@ -61,12 +59,8 @@ class Saver:
         self._begun = step_of(found.newest) if found.newest else None  # the last step that was saved
         self._problem: HdlError | None = None
         if processes.is_main:
-            module = engine.module
-            parameters = adapter_parameters(module)
-            name_of = {id(p): name for name, p in parameters.items()}
-            stored = get_peft_model_state_dict(module, state_dict=parameters, save_embedding_layers=False)
-            self._stored = {name_of[id(p)]: name for name, p in stored.items()}
-            self._texts = {RUN_FILE: folder.config.read_text(), CONFIG_FILE: _adapter_config(module)}
+            self._stored = stored_names(engine.module)
+            self._texts = {RUN_FILE: folder.config.read_text(), CONFIG_FILE: adapter_config(engine.module)}
 
     def path(self, step: int) -> Path:
         return path_of(self.folder, step)
@@ -180,13 +174,3 @@ def restore(
     engine.global_steps = step
     engine.lr_scheduler.last_epoch = step - 1
     engine.lr_scheduler.step()  # the schedule is a function of the step
-
-
-def _adapter_config(model: PeftModel) -> str:
-    """adapter_config.json as PEFT writes it, for a model to draw with."""
-    config = model.peft_config["default"]
-    config.inference_mode, training = True, config.inference_mode
-    with tempfile.TemporaryDirectory() as folder:
-        config.save_pretrained(folder)
-        config.inference_mode = training
-        return (Path(folder) / CONFIG_FILE).read_text()

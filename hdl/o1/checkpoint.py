@@ -52,6 +52,7 @@ class Checkpoint:
         self.folder = folder
         self.config = read_config(folder / "config.json")
         self.entries = entries
+        self._fingerprint: str | None = None
         self._check_names_and_shapes()
 
     def _check_names_and_shapes(self) -> None:
@@ -103,8 +104,14 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """Identifies the base that text embeddings belong to: a hash of its token table in bfloat16.
 
-        The same for the published folder and the single file made from it.
+        The same for the published folder and the single file made from it. The real model's table is 1.2 GB: it is
+        read once, however often this is asked.
         """
+        if self._fingerprint is None:
+            self._fingerprint = self._hash_of_token_table()
+        return self._fingerprint
+
+    def _hash_of_token_table(self) -> str:
         entry = self.entries[TOKEN_TABLE]
         digest = hashlib.sha256(str(entry.shape).encode())
         with _opened(entry.file) as tensors:

@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 import hdl.data.pictures
 import hdl.data.prepare
 from hdl.data.captions import CaptionOptions
+from hdl.data.index import VERSION
 from hdl.data.output import claimed
 from hdl.data.prepare import Options, Summary, prepare
 from hdl.data.samples import info_to_json
-from hdl.data.shards import VERSION, Shards
+from hdl.data.shards import Shards
 from hdl.errors import HdlError
 from hdl.o1.checkpoint import open_checkpoint
 from hdl.o1.prompt import PromptEncoder
