@@ -4,7 +4,7 @@ Any process of the job, torchrun included, is killed at seeded random moments, a
 being written. After each, no checkpoint that was there may be lost, and `--resume auto` goes on. In the end, curves and
 adapter are those of the undisturbed run, to the bit. 8 kills here; more by hand:
 
-    HDL_KILLS=50 pytest tests/engine/test_kills.py
+    HDL_KILLS=50 pytest -m job tests/engine/test_kills.py
 """
 
 import os
@@ -15,9 +15,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import pytest
+
 from hdl.engine.checkpoints import checkpoints, step_of, verify
 from tests.engine.forked import Job, Server, until
 from tests.engine.test_faults import adapter, curves
+
+pytestmark = pytest.mark.job
 
 KILLS = int(os.environ.get("HDL_KILLS", "8"))
 STEPS, EVERY = 8 * KILLS, 3  # so many that the run is still at work at the last kill
@@ -26,8 +30,6 @@ STEPS, EVERY = 8 * KILLS, 3  # so many that the run is still at work at the last
 SLOW_WRITING = """
 import os, time
 import hdl.engine.checkpoints as checkpoints
-
-pytestmark = pytest.mark.job
 
 def sha256(file, really=checkpoints.sha256):
     time.sleep(0.02)
