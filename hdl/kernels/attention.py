@@ -245,6 +245,7 @@ class CudnnAttention:
         return PlanShape(
             sequences.causal, sequences.count, q.shape[1], k.shape[1], q.shape[2], longest_query, longest_key,
             q.stride(0), k.stride(0), v.stride(0), out.stride(0), out.stride(0) if dout is None else dout.stride(0),
+            torch.are_deterministic_algorithms_enabled(),
         )  # fmt: skip
 
     def _rows(self, sequences: Sequences, **tensors: Tensor) -> dict[str, Tensor]:
@@ -288,7 +289,10 @@ def _add_at(whole: tl.tensor, part: tl.tensor, at: tl.tensor, inside: tl.tensor)
 
 
 class PlanShape(NamedTuple):
-    """All that a cuDNN plan depends on; the strides are elements from one token to the next."""
+    """All that a cuDNN plan depends on; the strides are elements from one token to the next.
+
+    deterministic: whether backward adds up in one order, as torch.use_deterministic_algorithms asks; else queries'
+    gradients come out in the order in which blocks of keys happen to be done."""
 
     causal: bool
     batch: int
@@ -302,6 +306,7 @@ class PlanShape(NamedTuple):
     v_stride: int
     out_stride: int
     dout_stride: int
+    deterministic: bool = False
 
     @property
     def stats(self) -> tuple[int, int, int, int]:
@@ -344,8 +349,9 @@ class Plan:
         do = graph.sequence("do", s.batch, s.heads, s.longest_query, s.head_dim, s.dout_stride)
         stats = graph.plain("stats", s.stats)
         dq, dk, dv = graph.graph.sdpa_backward(
-            q=q, k=k, v=v, o=o, dO=do, stats=stats, **self._settings(graph)
-        )
+            q=q, k=k, v=v, o=o, dO=do, stats=stats,
+            use_deterministic_algorithm=s.deterministic, **self._settings(graph),
+        )  # fmt: skip
         q_row, k_row = s.heads * s.head_dim, s.kv_heads * s.head_dim
         graph.output(dq, "dq", s.batch, s.heads, s.longest_query, s.head_dim, q_row)
         graph.output(dk, "dk", s.batch, s.kv_heads, s.longest_key, s.head_dim, k_row)

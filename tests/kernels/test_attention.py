@@ -96,3 +96,20 @@ def test_text_gradients_are_added_where_text_is(width: int) -> None:
     expected = [torch.where(text.to(DEVICE)[:, None], a + b, a) for a, b in ((dk, text_dk), (dv, text_dv))]
     run.add_text(dk, dv, text_dk, text_dv)
     assert torch.equal(dk, expected[0]) and torch.equal(dv, expected[1])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="cuDNN's attention needs a GPU")
+def test_backward_repeats_itself_when_pytorch_is_told_to(request: pytest.FixtureRequest) -> None:
+    layout = lay_out([Segment(160, 32, 32)]).to(DEVICE)
+    run = CudnnAttention(Frame.of(layout, exact=False), DEVICE)
+    run.load(layout)
+    q, dout = (draw(run.frame.tokens, 32, 128, seed=i).bfloat16() for i in range(2))
+    k, v = (draw(run.frame.tokens, 8, 128, seed=i).bfloat16() for i in (2, 3))
+    out = torch.empty_like(q).flatten(-2)
+    saved = run.forward(q, k, v, out)
+    request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    first = run.backward(dout.flatten(-2), q, k, v, out, saved)
+    for _ in range(5):
+        again = run.backward(dout.flatten(-2), q, k, v, out, saved)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
