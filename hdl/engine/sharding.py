@@ -17,6 +17,7 @@ from transformers import get_scheduler
 from hdl.adapter.flat import flat_parameter
 from hdl.config import Train
 from hdl.engine.clipping import clip_without_waiting
+from hdl.engine.partitions import create_states
 from hdl.engine.processes import Processes
 from hdl.engine.rounding_adamw import RoundingAdamW
 from hdl.errors import HdlError
@@ -156,6 +157,7 @@ def shard(
     if in_place:
         _step_the_adapter_itself(engine)
     clip_without_waiting(engine)
+    create_states(engine)  # now: made between a step's passing things, they would leave memory in pieces
     return engine
 
 

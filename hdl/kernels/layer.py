@@ -207,12 +207,18 @@ class Made:
     def kept(self, names: frozenset[str]) -> dict[str, Any]:
         """x and the named things, with the small things that come with them."""
         wanted = {name + suffix for name in {"x", *names} for suffix in ("", ".rstd", ".saved")}
-        return {n: _without_rows(thing) for n, thing in self.things.items() if n in wanted}
+        return {n: thing for n, thing in self.things.items() if n in wanted}
 
     def values(self) -> Tensor:
         """v, [S, kv_heads, d], where it stands in qkv."""
         layer = self.layer
         return self.need("qkv")[:, -layer.kv_heads * layer.head_dim :].unflatten(-1, (-1, layer.head_dim))
+
+    def _product(self, linear: PackedLinear, name: str, plus: Tensor | None = None) -> Tensor:
+        """Of a linear and the buffer of this name, whose e4m3 copy is let go: nobody reads it again."""
+        out = linear.forward(self.need(name), plus=plus)
+        self.things[name] = _without_rows(self.things[name])
+        return out
 
     def _make_qkv_in(self) -> None:
         layer, x = self.layer, self.things["x"]
@@ -222,7 +228,7 @@ class Made:
         self.things["qkv_in"], self.things["x.rstd"] = buffer, rstd
 
     def _make_qkv(self) -> None:
-        self.things["qkv"] = self.layer.qkv.forward(self.need("qkv_in"))
+        self.things["qkv"] = self._product(self.layer.qkv, "qkv_in")
 
     def _make_turned(self) -> None:
         layer = self.layer
@@ -252,7 +258,7 @@ class Made:
         if "x1" in self.things:
             _, rstd = rms_norm(self.things["x1"], norm.weight, norm.eps, **settings)
         else:
-            branch = layer.o.forward(self.need("o_in"))
+            branch = self._product(layer.o, "o_in")
             self.things["x1"], _, rstd = add_rms_norm(
                 self.things["x"], branch, norm.weight, norm.eps, **settings
             )
@@ -260,7 +266,7 @@ class Made:
         self.things["gate_up_in"], self.things["x1.rstd"] = buffer, rstd
 
     def _make_gate_up(self) -> None:
-        self.things["gate_up"] = self.layer.gate_up.forward(self.need("gate_up_in"))
+        self.things["gate_up"] = self._product(self.layer.gate_up, "gate_up_in")
 
     def _make_down_in(self) -> None:
         gate_up = self.need("gate_up")
@@ -271,7 +277,7 @@ class Made:
 
     def _make_out(self) -> None:
         self.need("x1")
-        self.things["out"] = self.layer.down.forward(self.need("down_in"), plus=self.things["x1"])
+        self.things["out"] = self._product(self.layer.down, "down_in", plus=self.things["x1"])
 
 
 class _Layer(torch.autograd.Function):

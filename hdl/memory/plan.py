@@ -3,9 +3,10 @@
 Every byte has a place in the code, and is counted from the same sizes here:
 
     weights      the decoder's frozen linears in their form (hdl/kernels/linears.py), and all other weights
-    adapter      the flat parameter, its gradient and what gathers it, the float32 copy, the moments
+    adapter      the flat parameter, the gradient that graphs write, the float32 copy, the moments
     activations  what the layers keep for backward (KEPT in hdl/kernels/layer.py) and do not send to the host
-    workspace    what is made and let go while one layer, the head or the optimizer works: the largest of them
+    workspace    what is made and let go: the most that one layer takes, which stays in the graphs' memory, and
+                 beside it the most that the head takes, or the gradient on its way to the optimizer
 
 A layer that keeps less is recomputed more. `fit` chooses, among all ways to give each layer a level, the one
 that costs the least time within a number of bytes. Layers are alike, so what counts is each level's bytes and
@@ -46,7 +47,7 @@ STREAM_STEP = OFFLOAD_STEP = 4  # layers
 STREAM_GAIN = 1.1
 # cuBLASLt's workspace (64 MiB), PyTorch's cuBLAS workspaces of two streams (32 MiB each), cuDNN's for attention's
 # backward (about 70 MB at 4,352 tokens), and what is too small to be counted.
-CONTEXT = 0.2 * GIB
+CONTEXT = 0.27 * GIB
 
 
 @dataclass(frozen=True)
@@ -345,9 +346,8 @@ def need(config: O1Config, rank: int, work: Work, strategy: Strategy) -> Need:
     linears = weights_bytes(config, rank, strategy.weights, strategy.stream)
     ends = PATCH_DIM * d // 4 + d // 4 * d + 256 * d + d * d + d * PATCH_DIM + layers * 2 * d
     trained = adapter_numbers(config, rank)
-    # the parameter, the gradient a graph writes, the one that is handed on, and DeepSpeed's averaged one
     stepped = OPTIMIZERS[strategy.optimizer] + (F32 if strategy.master else 0)
-    adapter = trained * 4 * B16 + int(trained * stepped / strategy.world)
+    adapter = trained * 2 * B16 + int(trained * stepped / strategy.world)
     rows = 1 if strategy.weights.startswith("fp8") else 0  # bytes a number of the e4m3 copies
     # SwiGLU's backward: the gradients that go in and come out, and what else has to be there
     level = min(strategy.keep, key=lambda name: len(KEPT[name]))
@@ -357,14 +357,16 @@ def need(config: O1Config, rank: int, work: Work, strategy: Strategy) -> Need:
     head = min(work.patches, HEAD_CHUNK) * PATCH_DIM * B16 + work.patches * (
         2 * d * B16 + PATCH_DIM * (1 + B16)
     )
-    optimizer = trained * F32 // strategy.world  # the gradient in float32
+    # A copy of the gradient is handed on, averaged by DeepSpeed into its own, and that is given to the optimizer in
+    # float32. The first is let go before the last is made, but leaves a hole that is too small for it.
+    optimizer = trained * B16 + trained * (B16 + (F32 if strategy.master else 0)) // strategy.world
     sizes = _sizes(config, rank, work, strategy)
     block = sum(block_bytes(pack, strategy.weights) for pack in packs(config, rank).values())
     return Need(
         weights=linears + ends * B16 + scratch_bytes(config, rank, strategy.weights, strategy.stream),
         adapter=adapter,
         activations=held_bytes(sizes, strategy.offload) + 3 * s * d * B16,
-        workspace=int(max(backward, head, optimizer) + CONTEXT),
+        workspace=int(backward + max(head, optimizer) + CONTEXT),
         weights_on_host=strategy.stream * block,
         activations_on_host=sent_bytes(sizes, strategy.offload),
     )
@@ -460,10 +462,11 @@ def _mixes(
 
 
 def _cost(ms_of: Callable[[Strategy], float]) -> Callable[[Strategy], float]:
-    """A plan that copies from and to the host has to be faster by STREAM_GAIN: what its bus gives differs."""
+    """A plan that copies weights from the host has to be faster by STREAM_GAIN, and one that copies activations, and
+    by both if they share the bus: what it gives differs, and both are seen to slow each other down."""
 
     def cost(strategy: Strategy) -> float:
-        return ms_of(strategy) * (STREAM_GAIN if strategy.stream or strategy.offload else 1.0)
+        return ms_of(strategy) * STREAM_GAIN ** (bool(strategy.stream) + bool(strategy.offload))
 
     return cost
 
@@ -496,8 +499,8 @@ def choices(
 ) -> list[Choice]:
     """Every form of weights within `memory` bytes of the GPU, the best first, then those that do not fit.
 
-    The best is the fastest, but a plan that streams layers (multiples of STREAM_STEP) or offloads their activations
-    has to be faster by STREAM_GAIN.
+    The best is the fastest, but a plan that streams layers (multiples of STREAM_STEP) has to be faster by STREAM_GAIN,
+    and so has one that offloads their activations.
     """
     found = []
     layers = config.num_hidden_layers
