@@ -24,7 +24,7 @@ from hdl.o1.decoder import O1, References
 from hdl.o1.layout import Seen, Segment, lay_out
 from hdl.o1.patches import PATCH_DIM
 from hdl.sample.reading import predictor
-from tests.kernels.test_fused import REAL, SMALL, adapted_model, distance
+from tests.kernels.test_fused import REAL, SMALL, Case, adapted_model, distance
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -122,15 +122,23 @@ def test_other_forms_draw_what_they_compute_whole(weights: str, stream: int) -> 
     assert distance(found[0], exact[0]) > 0.003
 
 
-def test_a_model_in_training_draws_so_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without text in its steps, and its next training pass is what it would have been."""
-    drawn, model = Drawn(MIXED, SMALL.hidden_size), adapted_model(SMALL)
-    plain = drawn.steps(model)
-    fuse(model)
-    fused = fused_decoder(model)
+@pytest.mark.parametrize("stream", [0, 3])
+def test_a_model_in_training_draws_so_too(stream: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without text in its steps, and the next training pass is what it would have been."""
+    drawn, case = Drawn(MIXED, SMALL.hidden_size), Case(SMALL, MIXED)
+    models = [adapted_model(SMALL) for _ in range(2)]
+    plain = drawn.steps(models[0])
+    for model in models:
+        fuse(model, stream=stream)
+        case.run(model)
+    fused = fused_decoder(models[0])
     assert fused and fused.step_graphs is None
-    monkeypatch.setattr(fused, "passes", None)  # of whole runs
-    assert_near(drawn.steps(model), plain)
+    with monkeypatch.context() as patched:
+        patched.setattr(fused, "passes", None)  # of whole runs
+        assert_near(drawn.steps(models[0]), plain)
+    (x_pred, gradients), (expected, expected_gradients) = (case.run(model) for model in models)
+    assert torch.equal(x_pred, expected)
+    assert all(torch.equal(gradients[name], expected_gradients[name]) for name in gradients)
 
 
 def test_steps_compute_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
