@@ -8,7 +8,7 @@ what the fast one is tested against.
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from peft import PeftModel
@@ -31,13 +31,16 @@ from hdl.kernels.restored import (
 )
 from hdl.kernels.rms_norm import rms_norm, rms_norm_backward
 from hdl.kernels.scratch import Scratch
+from hdl.kernels.steps import StepGraphs
 from hdl.memory.cache import WeightCache
 from hdl.memory.host import Alone, Ranks, first_of_machine
 from hdl.memory.offload import Offload, carried
 from hdl.memory.streaming import Streaming, block_bytes, spread
 from hdl.o1.config import O1Config
-from hdl.o1.decoder import Decoder, DecoderLayer, RMSNorm
+from hdl.o1.decoder import O1, Decoder, DecoderLayer, RMSNorm
 from hdl.o1.layout import Layout
+
+T = TypeVar("T")
 
 
 def flatten(adapted: PeftModel) -> None:
@@ -69,15 +72,10 @@ def fuse(
     go if they are not there (hdl/memory/cache.py). ValueError when there are not that many layers, keep is none of
     these, or the model `cannot_fuse`; HdlError when the host has not got the memory.
     """
-    scratch = Scratch()
     count = len(_decoder(adapted).layers)
-    for name, layers in (("stream", stream), ("offload", offload)):
-        if not 0 <= layers <= count:
-            raise ValueError(f"{name} {layers}: expected 0 to {count}, the number of layers")
-    streamed = spread(stream, count) if stream else []
-    packed: list[Packed] = [partial(FORMS[weights], scratch=scratch)] * count
-    for i in streamed:
-        packed[i] = partial(STREAMED[weights], scratch=scratch, resident=False)
+    packed, streamed = _packed(weights, stream, count)
+    if not 0 <= offload <= count:
+        raise ValueError(f"offload {offload}: expected 0 to {count}, the number of layers")
     if cache:
         # A streamed layer is brought in by one rank of a machine, which it is for that rank to write.
         first = first_of_machine(ranks or Alone())
@@ -88,6 +86,37 @@ def fuse(
         fused.stream(streamed, ranks)
     if offload:
         fused.offload_from(carried(offload, count))
+
+
+def fuse_to_draw(model: O1 | PeftModel, *, weights: str = "full", stream: int = 0) -> None:
+    """Put a model's decoder on the fast path for drawing alone (hdl/kernels/steps.py): nothing of it can be trained.
+
+    It may have any number of adapters, which are switched and weighted as before. weights, stream: as `fuse` takes
+    them; fp8 keeps no copy for a backward pass. ValueError when there are not that many layers; HdlError when the
+    host has not got the memory.
+    """
+    decoder = _decoder(model)
+    count = len(decoder.layers)
+    packed, streamed = _packed("fp8_once" if weights == "fp8" else weights, stream, count)
+    nothing = nn.Parameter(decoder.norm.weight.new_empty(0), requires_grad=False)
+    fused = FusedDecoder(decoder, nothing, packed, ["input"] * count)
+    decoder.forward = fused.forward  # type: ignore[method-assign]
+    if streamed:
+        fused.stream(streamed, None)
+    elif nothing.is_cuda:
+        fused.step_graphs = StepGraphs()
+
+
+def _packed(weights: str, stream: int, count: int) -> tuple[list["Packed"], list[int]]:
+    """How each of `count` layers is packed, and which of them are streamed."""
+    if not 0 <= stream <= count:
+        raise ValueError(f"stream {stream}: expected 0 to {count}, the number of layers")
+    scratch = Scratch()
+    streamed = spread(stream, count) if stream else []
+    packed: list[Packed] = [partial(FORMS[weights], scratch=scratch)] * count
+    for i in streamed:
+        packed[i] = partial(STREAMED[weights], scratch=scratch, resident=False)
+    return packed, streamed
 
 
 # Makes one of modules that share their input.
@@ -150,16 +179,22 @@ def fuse_with(adapted: PeftModel, packed: Packed | list[Packed], keep: str | lis
 
 def graphs_of(adapted: PeftModel) -> Graphs | None:
     """What replays the training passes of a fused model, if anything does."""
-    fused = getattr(_decoder(adapted).forward, "__self__", None)
-    return fused.graphs if isinstance(fused, FusedDecoder) else None
+    fused = fused_decoder(adapted)
+    return fused.graphs if fused else None
+
+
+def fused_decoder(model: O1 | PeftModel) -> "FusedDecoder | None":
+    """What stands in for the model's decoder, if it was fused."""
+    fused = getattr(_decoder(model).forward, "__self__", None)
+    return fused if isinstance(fused, FusedDecoder) else None
 
 
 def keep_less(adapted: PeftModel) -> bool:
     """Let every layer of a fused model keep one level less from now on; False if all keep their input alone.
 
     What CUDA graphs held is given back."""
-    fused = _decoder(adapted).forward.__self__  # type: ignore[attr-defined]
-    assert isinstance(fused, FusedDecoder)
+    fused = fused_decoder(adapted)
+    assert fused
     levels = list(KEPT)
     before = [layer.keep for layer in fused.layers]
     for layer in fused.layers:
@@ -206,7 +241,8 @@ class FusedDecoder:
         self.norm = decoder.norm
         self.shared = Shared(flat)
         self.layers: list[FusedLayer] = []
-        self.graphs: Graphs | None = None
+        self.graphs: Graphs | None = None  # of training passes
+        self.step_graphs: StepGraphs | None = None  # of drawing
         self.streaming = Streaming()
         self.offload = Offload()
         self.offloaded: list[int] = []  # layers
@@ -241,12 +277,17 @@ class FusedDecoder:
             if replayed is not None:
                 return replayed
         self.streaming.prepare("forward")
+        return self.with_room(lambda: self.passes(x, self._run_of(layout, x), seen))
+
+    def with_room(self, run: Callable[[], T]) -> T:
+        """What `run` returns; where memory runs out, once more without what CUDA graphs hold."""
         try:
-            return self.passes(x, self._run_of(layout, x), seen)
+            return run()
         except torch.OutOfMemoryError:
-            if not (self.graphs and self.graphs.drop()):
+            dropped = [graphs.drop() for graphs in (self.graphs, self.step_graphs) if graphs]
+            if not any(dropped):
                 raise
-        return self.passes(x, self._run_of(layout, x), seen)
+        return run()
 
     def passes(self, x: Tensor, run: Run, seen: tuple[Tensor, Sequence[Tensor]] | None = None) -> Tensor:
         """All layers, with the adapter's values as they were last brought in. seen: which tokens the visual tower
@@ -280,8 +321,9 @@ class FinalNorm(torch.autograd.Function):
         return rms_norm_backward(dnormed, x, rstd, weight), None
 
 
-def _decoder(adapted: PeftModel) -> Decoder:
-    return cast(Decoder, adapted.get_submodule("base_model.model.model.language_model"))
+def _decoder(model: O1 | PeftModel) -> Decoder:
+    above = "base_model.model." if isinstance(model, PeftModel) else ""
+    return cast(Decoder, model.get_submodule(f"{above}model.language_model"))
 
 
 def _layers(adapted: PeftModel) -> Iterator[DecoderLayer]:

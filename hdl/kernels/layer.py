@@ -284,14 +284,14 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: FusedLayer, run: Run) -> Tensor:
         made = Made(layer, run, {"x": x.contiguous()})
-        learns = ctx.needs_input_grad[0]
-        if learns:
-            layer.keeper.make_room()
-        with layer.visit("forward" if learns else "forward only"):
+        if not ctx.needs_input_grad[0]:
+            with layer.visit("forward only"):
+                return forward_only(made)
+        layer.keeper.make_room()
+        with layer.visit("forward"):
             out = made.need("out")
-        if learns:
-            ctx.layer, ctx.run = layer, run
-            ctx.kept = layer.keeper.put(made.kept(KEPT[layer.keep]))
+        ctx.layer, ctx.run = layer, run
+        ctx.kept = layer.keeper.put(made.kept(KEPT[layer.keep]))
         return out  # type: ignore[no-any-return]
 
     @staticmethod
@@ -304,6 +304,21 @@ class _Layer(torch.autograd.Function):
         del made  # what is left of it makes room for what comes next
         kept.done()
         return dx, None, None
+
+
+def forward_only(made: Made) -> Tensor:
+    """out, of which nothing is kept: what is read for the last time is let go at once."""
+    for thing, read in (
+        ("qkv", ("qkv_in",)),
+        ("o_in", ("qkv", "turned")),
+        ("gate_up_in", ("o_in", "x")),
+        ("gate_up", ("gate_up_in",)),
+        ("down_in", ("gate_up",)),
+    ):
+        made.need(thing)
+        for name in read:
+            made.drop(name)
+    return made.need("out")  # type: ignore[no-any-return]
 
 
 def backward(made: Made, dout: Tensor) -> Tensor | None:
