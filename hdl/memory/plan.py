@@ -46,7 +46,8 @@ STREAM_STEP = OFFLOAD_STEP = 4  # layers
 STREAM_GAIN = 1.1
 # cuBLASLt's workspace (64 MiB), PyTorch's cuBLAS workspaces of two streams (32 MiB each), cuDNN's for attention's
 # backward (about 70 MB at 4,352 tokens), and what is too small to be counted.
-CONTEXT = 0.27 * GIB
+CONTEXT = 0.3 * GIB
+FRAGMENTS = 0.03  # of activations: holes among them that nothing fits
 
 
 @dataclass(frozen=True)
@@ -266,7 +267,8 @@ def held_bytes(sizes: Sequence[int], offload: int, working: Sequence[int]) -> tu
     busiest = 0
     for i in reversed(range(len(sizes))):
         busiest = max(busiest, here + working[i])
-        here -= sizes[i] if moves[i] is None else sizes[i] - sizes[moves[i]]
+        moved_for = moves[i]
+        here -= sizes[i] if moved_for is None else sizes[i] - sizes[moved_for]
         most = max(most, here)
     return most, max(most, busiest)
 
@@ -385,7 +387,7 @@ def need(config: O1Config, rank: int, work: Work, strategy: Strategy) -> Need:
     return Need(
         weights=linears + ends * B16 + scratch_bytes(config, rank, strategy.weights, strategy.stream),
         adapter=adapter,
-        activations=held + 3 * s * d * B16,
+        activations=int((held + 3 * s * d * B16) * (1 + FRAGMENTS)),
         workspace=int(busiest - held + max(head, optimizer) + CONTEXT),
         weights_on_host=strategy.stream * block,
         activations_on_host=sent_bytes(sizes, strategy.offload),
@@ -454,9 +456,10 @@ def _mixes(
             for rich in levels[:place]:
                 # A lean layer's work is not added to the most that is kept, once enough has been let go before it.
                 spared = working[lean] - working[rich]
-                count = int((room + spared) // (kept[rich] - kept[lean]))
+                more = (kept[rich] - kept[lean]) * (1 + FRAGMENTS)
+                count = int((room + spared) // more)
                 if count * kept[rich] < spared:
-                    count = int(room // (kept[rich] - kept[lean]))
+                    count = int(room // more)
                 if count >= 0:
                     yield mixed(offloaded, lean, rich, min(count, len(others)))
 

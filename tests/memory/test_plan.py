@@ -178,7 +178,8 @@ def test_predictions_agree_with_what_was_measured(
     in_bfloat16(monkeypatch)
     work = Work.of_images(*images, text=160)
     strategy = Strategy(weights, ("everything",) * 36)
-    assert need(REAL, 32, work, strategy).peak / GIB == pytest.approx(gib, rel=0.02)
+    # Rather too much than too little: room for holes among activations is counted, and not all have them.
+    assert 0.985 * gib < need(REAL, 32, work, strategy).peak / GIB < 1.03 * gib
     assert step_ms(REAL, 32, work, strategy, GPUS["h100"]) == pytest.approx(ms, rel=0.1)
 
 
@@ -276,7 +277,8 @@ def test_what_offloading_leaves_on_the_gpu(
     assert most == plan.held_bytes(sizes, count, [0] * len(sizes))[0] <= sum(sizes)
     assert sent == plan.sent_bytes(sizes, count)
     needs = [need(config, RANK, work, Strategy("full", tuple(levels), offload=n)) for n in (count, 0)]
-    assert needs[1].activations - needs[0].activations == sum(sizes) - most
+    fewer = (sum(sizes) - most) * (1 + plan.FRAGMENTS)
+    assert needs[1].activations - needs[0].activations == pytest.approx(fewer, abs=1)
     assert needs[0].activations_on_host == sent and needs[1].activations_on_host == 0
 
 
