@@ -47,7 +47,7 @@ STREAM_GAIN = 1.1
 # cuBLASLt's workspace (64 MiB), PyTorch's cuBLAS workspaces of two streams (32 MiB each), cuDNN's for attention's
 # backward (about 70 MB at 4,352 tokens), and what is too small to be counted.
 CONTEXT = 0.3 * GIB
-FRAGMENTS = 0.03  # of activations: holes among them that nothing fits
+FRAGMENTS = 0.045  # of activations: holes among them that nothing fits, where layers' levels differ
 
 
 @dataclass(frozen=True)
@@ -434,17 +434,17 @@ def _mixes(
     config: O1Config, rank: int, work: Work, base: Strategy, memory: float
 ) -> Iterator[tuple[str, ...]]:
     """Levels for all layers, some of which may need more memory: one of the offloaded layers, and of the others the
-    first at a lean level and the last, whose backward comes while all is still there, at a rich one."""
+    first at a rich level and the last at a lean one. The other way round what lean layers make anew would come when
+    the rich ones' things are gone; but CUDA's memory has more holes then, as measured, than that saves."""
     levels, layers = list(KEPT), config.num_hidden_layers
     order = carried(base.offload, layers)
     others = [i for i in range(layers) if i not in order]
     kept = {level: kept_bytes(config, rank, work, level) for level in levels}
-    working = {level: working_bytes(config, rank, work, level, base.weights) for level in levels}
 
     def mixed(offloaded: str, lean: str, rich: str, count: int) -> tuple[str, ...]:
         keep = [offloaded] * layers
         for n, i in enumerate(others):
-            keep[i] = lean if n < len(others) - count else rich
+            keep[i] = rich if n < count else lean
         return tuple(keep)
 
     for offloaded in levels if order else levels[:1]:
@@ -454,12 +454,7 @@ def _mixes(
                 yield leanest
             room = memory - need(config, rank, work, replace(base, keep=leanest)).peak
             for rich in levels[:place]:
-                # A lean layer's work is not added to the most that is kept, once enough has been let go before it.
-                spared = working[lean] - working[rich]
-                more = (kept[rich] - kept[lean]) * (1 + FRAGMENTS)
-                count = int((room + spared) // more)
-                if count * kept[rich] < spared:
-                    count = int(room // more)
+                count = int(room // ((kept[rich] - kept[lean]) * (1 + FRAGMENTS)))
                 if count >= 0:
                     yield mixed(offloaded, lean, rich, min(count, len(others)))
 

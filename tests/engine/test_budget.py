@@ -57,7 +57,7 @@ def test_auto_takes_the_fastest_that_fits() -> None:
     run = a_run("--train.batch_size", "1", "--model.memory", "auto")
     wide, _ = settle(run, REAL, INFOS, 1, gib(79))
     assert wide.model.weights == "fp8" and wide.model.keep == "everything"
-    tight, line = settle(run, REAL, INFOS, 1, gib(11))
+    tight, line = settle(run, REAL, INFOS, 1, gib(12))
     assert tight.model.weights == "fp8_once" and len(set(tight.model.keep)) == 2
     assert "products x" in line or "attention x" in line
     old, _ = settle(run, REAL, INFOS, 1, gib(15, fp8=False))
