@@ -85,6 +85,7 @@ class PictureAttention:
         """heads: kv_heads and d."""
         self.frame = frame
         self.cudnn: CudnnCalls | None = None
+        self.groups: list[tuple[Tensor, Tensor]] = []
         if needs_exact_frame(device, dtype):
             assert frame.halves is not None
             return
@@ -100,7 +101,8 @@ class PictureAttention:
     def load(self, ar: Half, gen: Half) -> None:
         """Be the attention of this run, which the frame serves."""
         if self.cudnn is None:
-            self.groups = list(zip(ar.groups, gen.groups))
+            # All runs of an exact frame have the same. A captured step reads the first one's: they have to stay.
+            self.groups = self.groups or list(zip(ar.groups, gen.groups))
             return
         whole = [a + g for a, g in zip(ar.lengths, gen.lengths)]
         _fill(self._starts, self._lengths, _starts(gen.lengths), _starts(whole), gen.lengths, whole)

@@ -101,6 +101,28 @@ def test_golden_pictures(file: str, golden: Path) -> None:
     assert [check for check in check_case(opened, case) if not check.passed] == []
 
 
+def test_what_a_captured_step_reads_stays_where_it_is() -> None:
+    """A graph would read the numbers of whichever run was loaded first, long after that is gone."""
+    model = adapted_model(SMALL)
+    fuse_to_draw(model)
+    fused = fused_decoder(model)
+    assert fused
+    readings = []
+    for _ in range(2):
+        text = torch.randn(sum(s.text - 1 for s in MIXED), SMALL.hidden_size).to(DEVICE)
+        readings.append(Reading(fused, text, lay_out(MIXED).to(DEVICE)))
+    canvas = Canvas(readings[0], torch.empty_like(readings[0].kept))
+
+    def places() -> list[int]:
+        attention = canvas.attention
+        read = [canvas.cos, canvas.sin, canvas.kept, *(t for group in attention.groups for t in group)]
+        return [tensor.data_ptr() for tensor in read]
+
+    before = places()
+    canvas.load(readings[1])
+    assert places() == before and torch.equal(canvas.kept, readings[1].kept)
+
+
 def test_without_any_adapter() -> None:
     drawn, model = Drawn(MIXED, SMALL.hidden_size), adapted_model(SMALL).unload()
     assert isinstance(model, O1)
