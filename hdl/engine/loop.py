@@ -17,6 +17,7 @@ from deepspeed import DeepSpeedEngine
 from hdl.adapter.lora import attach, load_adapter, read_adapter
 from hdl.config import Run
 from hdl.data.batches import Batches
+from hdl.data.locality import what_thrashes
 from hdl.data.mixture import Mixture, open_mixture
 from hdl.data.packing import Packs
 from hdl.data.picks import Draws
@@ -449,5 +450,7 @@ def _announce(
         f"{run.train.deepspeed.stem}; curves: tensorboard --logdir {prepared.folder.tensorboard}"
     )
     print(prepared.mixture.describe())
+    if warning := what_thrashes(run.data, prepared.mixture):
+        print(warning)
     if prepared.expected:
         print(prepared.expected)
