@@ -337,7 +337,9 @@ def test_at_the_real_shapes_copies_overlap_and_change_no_bit(
 ) -> None:
     """Things of 0.1 GB take long enough that a wait that is missing shows; and the memory is saved."""
     deterministic = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)  # attention's backward, between two runs of the same
+    torch.use_deterministic_algorithms(
+        True, warn_only=True
+    )  # attention's backward, between two runs of the same
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     request.addfinalizer(partial(torch.use_deterministic_algorithms, deterministic))
     config = replace(REAL, num_hidden_layers=8)
