@@ -32,7 +32,10 @@ WORTH_ANOTHER_TRY = (408, 425, 429)  # of the 4xx statuses
 
 
 class Stream(Protocol):
-    """A file being read from start to end by one thread; `abort` may come from another."""
+    """A file being read to its end by one thread; `abort` may come from another. start: where in the file it begins,
+    which is 0 where the source gives only whole files."""
+
+    start: int
 
     def read(self) -> bytes:
         """The next bytes; none at the end. Raises where what came is not the whole file."""
@@ -42,7 +45,8 @@ class Stream(Protocol):
 
 
 class Source(Protocol):
-    def open(self, name: str, stall: float) -> Stream: ...
+    def open(self, name: str, stall: float, start: int = 0) -> Stream:
+        """start: bytes of the file that are here already and need not come again, if that can be."""
 
     def shown(self, name: str = "") -> str:
         """For messages: the place, or a file there, without passwords and signatures."""
@@ -97,8 +101,8 @@ class Url:
                 'https://, or "pipe:COMMAND with {file}"'
             ) from None
 
-    def open(self, name: str, stall: float) -> Stream:
-        return UrlStream(self._url(name), self.storage, stall)
+    def open(self, name: str, stall: float, start: int = 0) -> Stream:
+        return UrlStream(self._url(name), self.storage, stall, start)
 
     def shown(self, name: str = "") -> str:
         return re.sub("://[^/@]*@", "://", self._url(name).partition("?")[0])
@@ -111,13 +115,23 @@ class Url:
 
 
 class UrlStream:
-    def __init__(self, url: str, storage: dict[str, Any], stall: float) -> None:
+    def __init__(self, url: str, storage: dict[str, Any], stall: float, start: int = 0) -> None:
         self.http = url.startswith(("http://", "https://"))
         try:
             system, path = fsspec.url_to_fs(url, **storage)
-            self.file = system.open(path, "rb", **(_http_options(stall) if self.http else {}))
+            if self.http:
+                self.file = system.open(path, "rb", **_http_options(system, stall, start))
+                self.start = start if self._begins_at(start) else 0
+            else:
+                self.file, self.start = system.open(path, "rb"), start
+                self.file.seek(start)
         except Exception as error:  # each library behind fsspec has its own
             raise self._failure(error) from error
+
+    def _begins_at(self, start: int) -> bool:
+        """Whether the server gives the part that was asked for; not all know how to."""
+        answer = self.file.r
+        return answer.status == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {start}-")
 
     def read(self) -> bytes:
         try:
@@ -144,10 +158,14 @@ class UrlStream:
         return Failure(f"{type(error).__name__}: {error}".rstrip(": "), final)
 
 
-def _http_options(stall: float) -> dict[str, Any]:
+def _http_options(system: Any, stall: float, start: int) -> dict[str, Any]:
     import aiohttp
 
-    return {
+    part = {}
+    if start:  # headers given here take the place of those in data.storage
+        asked = {"Range": f"bytes={start}-", "Accept-Encoding": "identity"}
+        part = {"headers": {**system.kwargs.get("headers", {}), **asked}}
+    return part | {
         "block_size": 0,  # one request, read as it comes
         "size": 1,  # any number: fsspec need not ask for it first
         "read_bufsize": 2 * CHUNK,
@@ -169,7 +187,7 @@ class Pipe:
                 '"pipe:ssh store cat /data/{file}"'
             )
 
-    def open(self, name: str, stall: float) -> Stream:
+    def open(self, name: str, stall: float, start: int = 0) -> Stream:
         return PipeStream(self.command.replace("{file}", shlex.quote(name)))
 
     def shown(self, name: str = "") -> str:
@@ -177,6 +195,8 @@ class Pipe:
 
 
 class PipeStream:
+    start = 0  # a command writes whole files
+
     def __init__(self, command: str) -> None:
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the command runs
         self.process = subprocess.Popen(
@@ -204,24 +224,26 @@ class PipeStream:
             self.process.wait()
 
 
-def chunks(source: Source, name: str, stall: float) -> Generator[bytes]:
-    """A file's bytes as they come. Failure where it does not come whole or nothing comes for `stall` seconds."""
-    read: Queue[bytes | Exception] = Queue(4)
+def chunks(source: Source, name: str, stall: float, start: int = 0) -> Generator[tuple[int, bytes]]:
+    """A file's bytes as they come, each part with its place; from `start` on, or else from 0. Failure where it does
+    not come to its end or nothing comes for `stall` seconds."""
+    read: Queue[tuple[int, bytes] | Exception] = Queue(4)
     opened: list[Stream] = []
     given_up = threading.Event()
 
-    def hand_over(item: bytes | Exception) -> None:
+    def hand_over(item: tuple[int, bytes] | Exception) -> None:
         while not given_up.is_set():
             with suppress(Full):
                 return read.put(item, timeout=1)
 
     def reader() -> None:
         try:
-            opened.append(source.open(name, stall))
-            data = b"-"
+            opened.append(source.open(name, stall, start))
+            at, data = opened[0].start, b"-"
             while data and not given_up.is_set():
                 data = opened[0].read()
-                hand_over(data)
+                hand_over((at, data))
+                at += len(data)
         except Exception as error:
             hand_over(error)
         finally:
@@ -239,7 +261,7 @@ def chunks(source: Source, name: str, stall: float) -> Generator[bytes]:
                 raise item
             if isinstance(item, Exception):
                 raise Failure(f"{type(item).__name__}: {item}") from item
-            if not item:
+            if not item[1]:
                 return
             yield item
     finally:

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -378,3 +379,42 @@ def _alive(group: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+@pytest.mark.parametrize("ranges", [True, False], ids=["parts can be had", "whole files only"])
+def test_a_try_goes_on_where_the_one_before_broke_off(
+    made: Path, options: CacheOptions, waits: list[float], ranges: bool
+) -> None:
+    with ShardServer(made, Faults(truncate=0.6, seed=4), ranges=ranges) as server:
+        server.key = "secret"  # which goes with every request, those for the rest as well
+        fetching = replace(options, tries=20, storage={"headers": {"X-Key": "secret"}})
+        shards = Shards(server.url, cache=fetching)
+        assert is_all_of(shards, made)
+        again = sum(server.asked[name] - 1 for name in shard_names(shards))
+        assert again > 2 and sum(server.resumed[name] for name in shard_names(shards)) == (
+            again if ranges else 0
+        )
+        assert len(shards.failures) == len(waits) > 2
+
+
+def test_parts_of_different_files_are_never_put_together(
+    made: Path, tmp_path: Path, options: CacheOptions, waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first try brings half of a shard that is replaced meanwhile by the one that the index lists."""
+    for path in made.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    with ShardServer(tmp_path) as server:
+        shards = Shards(server.url, cache=options)
+        name = shard_names(shards)[0]
+        right = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(bytes(len(right)))
+        server.faults = Faults(truncate=1.0)
+
+        def mend(seconds: float) -> None:
+            server.faults = Faults()
+            (tmp_path / name).write_bytes(right)
+
+        monkeypatch.setattr(fetch, "sleep", mend)
+        assert torch.equal(shards.read(0).patches, Shards(made).read(0).patches)
+        assert [server.asked[name], server.resumed[name]] == [3, 1]
+        assert "not completed" in shards.failures[0] and "the index says" in shards.failures[1]
