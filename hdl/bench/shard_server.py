@@ -127,6 +127,8 @@ class Handler(BaseHTTPRequestHandler):
         size = whole - first
         self.send_response(206 if first else 200)
         self.send_header("Content-Length", str(size))
+        if self.server.ranges:
+            self.send_header("Accept-Ranges", "bytes")
         if first:
             self.server.resumed[name] += 1
             self.send_header("Content-Range", f"bytes {first}-{whole - 1}/{whole}")

@@ -46,7 +46,8 @@ class Came:
 class Fetcher:
     """stall: seconds without a byte after which a connection is given up. tries: of each file.
 
-    failures: a line for every try that failed, those that a later one made good included.
+    failures: a line for every try that failed, those that a later one made good included, and for every silence that
+    a second connection was opened in.
     """
 
     def __init__(self, source: Source, stall: float, tries: int) -> None:
@@ -82,7 +83,7 @@ class Fetcher:
         put: Callable[[bytes, int], None],
     ) -> None:
         """came: by the tries before, and by this one when it fails."""
-        with closing(chunks(self.source, name, self.stall, came.count)) as parts:
+        with closing(chunks(self.source, name, self.stall, came.count, self._note(name))) as parts:
             for at, part in parts:
                 if at != came.count:  # only the whole file can be had
                     came.start_over()
@@ -101,6 +102,9 @@ class Fetcher:
                 f"its bytes are not those that were written: they have sha256 {found}, the index says "
                 f"{record['sha256']}"
             )
+
+    def _note(self, name: str) -> Callable[[str], None]:
+        return lambda text: self.failures.append(f"{name}: {text}")
 
     def _tried(self, name: str, attempt: Callable[[], T]) -> T:
         for tried in range(1, self.tries + 1):
