@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from hdl.bench.cases import RATIOS
+from hdl.bench.prepare_speed import clocks, since
 from hdl.data.batches import Batches
 from hdl.data.buckets import choose_bucket
 from hdl.data.mixture import Mixture, Source
@@ -94,7 +95,7 @@ def _batches(shards: Path, batch_size: int) -> Batches:
 def _ours(shards: Path, images: int, batch_size: int) -> tuple[tuple[float, float], float]:
     """Images a second, and MiB."""
     before = most = _resident_mib()
-    start = _clocks()
+    start = clocks()
     batches, steps = _batches(shards, batch_size), images // batch_size
     for step in range(steps):
         batches.of_step(step)
@@ -130,18 +131,13 @@ class _Pictures(Dataset[Tensor]):
 
 def _plain(names: list[Path], area: int, images: int, batch_size: int, workers: int) -> tuple[float, float]:
     loader = DataLoader(_Pictures(names, area, images), batch_size, shuffle=True, num_workers=workers)
-    start = _clocks()
+    start = clocks()
     count = sum(len(batch) for batch in loader)
     return _rates(count, start)
 
 
-def _clocks() -> tuple[float, float]:
-    """Seconds by the clock, and of processor time of this process and its children that have ended."""
-    return time.perf_counter(), sum(os.times()[:4])
-
-
 def _rates(images: int, start: tuple[float, float]) -> tuple[float, float]:
-    by_clock, by_cpu = (images / (now - then) for now, then in zip(_clocks(), start))
+    by_clock, by_cpu = (images / seconds for seconds in since(start))
     return by_clock, by_cpu
 
 

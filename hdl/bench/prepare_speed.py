@@ -6,6 +6,7 @@ photographs of a camera's size with its detail and grain, or many tiny pictures,
 beside its pixels. They lie in the page cache then: no disk is measured.
 """
 
+import os
 import resource
 import shutil
 import sys
@@ -18,6 +19,7 @@ from PIL import Image
 
 from hdl.bench.plain_loop import open_convert_resize
 from hdl.data.buckets import PATCH, choose_bucket
+from hdl.data.pictures import BUNDLE
 from hdl.data.prepare import Options, prepare
 from hdl.data.workers import in_order
 
@@ -61,19 +63,20 @@ def measure(
     """JPEGs of width x height px to buckets of `area`, in a `folder` that is made anew.
 
     images_a_second: through prepare into shards on `workers` processes beside the one that writes, starting them
-    included; plain_images_a_second: the Pillow loop on as many; ratio of the two; file_bytes: of a JPEG.
+    included; plain_images_a_second: the Pillow loop on as many; ratio of the two; file_bytes: of a JPEG. With _cpu:
+    of processor time, of all these processes together.
     """
     shutil.rmtree(folder, ignore_errors=True)
     photographs = make_photographs(folder / "images", images, width, height, seed)
     rows, cols = choose_bucket(width, height, area, allow_upscaling=False)
     jobs = [(path, (str(path), cols * PATCH, rows * PATCH)) for path in photographs]
-    start = time.perf_counter()
+    start = clocks()
     for _ in in_order(open_convert_resize, iter(jobs), workers):
         pass
-    plain = images / (time.perf_counter() - start)
-    start = time.perf_counter()
+    plain, plain_cpu = (images / seconds for seconds in since(start))
+    start = clocks()
     summary = prepare(folder / "images", folder / "shards", BASE, options=Options(area), workers=workers)
-    ours = summary.new / (time.perf_counter() - start)
+    ours, ours_cpu = (summary.new / seconds for seconds in since(start))
     return {
         "images": summary.new,
         "size": [width, height],
@@ -83,27 +86,52 @@ def measure(
         "images_a_second": ours,
         "plain_images_a_second": plain,
         "ratio": ours / plain,
+        "images_a_second_cpu": ours_cpu,
+        "plain_images_a_second_cpu": plain_cpu,
+        "ratio_cpu": ours_cpu / plain_cpu,
     }
 
 
 def measure_many(folder: Path, *, images: int = 100_000, workers: int = 2, seed: int = 0) -> dict[str, Any]:
     """PNGs of 32 to 64 px with captions, in a `folder` that is made anew: seconds to prepare them, and again when
-    nothing has changed. peak_bytes: the most memory this process ever had, so let it be a fresh one."""
+    nothing has changed; plain_seconds: of the Pillow loop that opens and converts them; ratio: of plain to new. With
+    _cpu: of processor time. peak_bytes: the most memory this process ever had, so let it be a fresh one."""
     shutil.rmtree(folder, ignore_errors=True)
-    make_tiny(folder / "images", images, seed)
-    seconds = []
+    names = make_tiny(folder / "images", images, seed)
+    start = clocks()
+    jobs = ((name, (str(name), PATCH, PATCH)) for name in names)
+    for _ in in_order(open_convert_resize, jobs, workers, weight=lambda job: 1 / BUNDLE):
+        pass
+    plain, seconds = since(start), []
     for _ in range(2):
-        start = time.perf_counter()
+        start = clocks()
         summary = prepare(folder / "images", folder / "shards", BASE, workers=workers)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(since(start))
     scale = 1 if sys.platform == "darwin" else 1024
     return {
         "images": summary.reused,
         "workers": workers,
-        "seconds_new": seconds[0],
-        "seconds_unchanged": seconds[1],
+        "seconds_new": seconds[0][0],
+        "seconds_unchanged": seconds[1][0],
+        "plain_seconds": plain[0],
+        "ratio": plain[0] / seconds[0][0],
+        "seconds_new_cpu": seconds[0][1],
+        "seconds_unchanged_cpu": seconds[1][1],
+        "plain_seconds_cpu": plain[1],
+        "ratio_cpu": plain[1] / seconds[0][1],
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale,
     }
+
+
+def clocks() -> tuple[float, float]:
+    """Seconds by the clock, and of processor time of this process and its children that have ended."""
+    return time.perf_counter(), sum(os.times()[:4])
+
+
+def since(start: tuple[float, float]) -> tuple[float, float]:
+    """Both, from `clocks` until now."""
+    by_clock, by_cpu = clocks()
+    return by_clock - start[0], max(by_cpu - start[1], 0.01)  # the system counts in hundredths
 
 
 def make_photographs(folder: Path, count: int, width: int, height: int, seed: int) -> list[Path]:
@@ -140,9 +168,10 @@ def photograph(width: int, height: int, seed: int) -> Image.Image:
     return Image.fromarray(np.asarray(smooth) + grain - np.uint8(8))
 
 
-def make_tiny(folder: Path, count: int, seed: int) -> None:
+def make_tiny(folder: Path, count: int, seed: int) -> list[Path]:
     """Small PNGs with a caption each, a thousand a subfolder."""
     draw = np.random.default_rng(seed)
+    paths = []
     for i in range(count):
         path = folder / f"{i // 1000:04}" / f"{i:07}.png"
         if i % 1000 == 0:
@@ -152,3 +181,5 @@ def make_tiny(folder: Path, count: int, seed: int) -> None:
         coarse.resize((width, height), Image.Resampling.BICUBIC).save(path, compress_level=1)
         words = (WORDS[word] for word in draw.integers(0, len(WORDS), 12))
         path.with_suffix(".txt").write_text(f"picture {i}: {' '.join(words)}")
+        paths.append(path)
+    return paths

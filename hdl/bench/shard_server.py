@@ -6,11 +6,14 @@ Which request fails and how is a function of the seed, the file and how often it
     stall      part of the file, then silence
     truncate   part of the file, then an orderly end
     damage     the whole file with some bytes changed; of index.json, which nothing vouches for, as it is
+
+Who asks for the rest of a file (Range) is given that, as by most servers; then all this is said of the rest.
 """
 
 import json
 import os
 import random
+import re
 import socket
 import struct
 import subprocess
@@ -54,16 +57,21 @@ class Faults:
 class ShardServer(ThreadingHTTPServer):
     """Serves a folder on a free port here. rate: bytes a second over all connections, None for no limit.
 
-    asked: file -> requests so far. faults may be replaced at any time. key: what a request's X-Key must be, else it is
+    asked: file -> requests so far; resumed: those among them that were for the rest of it. ranges: whether that can be
+    had; without, the answer is the whole file. faults may be replaced at any time. key: what a request's X-Key must be, else it is
     answered with 403; None: anything. `with` runs it in a thread.
     """
 
     daemon_threads = True
 
-    def __init__(self, folder: Path, faults: Faults | None = None, rate: float | None = None) -> None:
+    def __init__(
+        self, folder: Path, faults: Faults | None = None, rate: float | None = None, ranges: bool = True
+    ) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.folder, self.faults, self.rate = folder, faults or Faults(), rate
+        self.ranges = ranges
         self.asked: Counter[str] = Counter()
+        self.resumed: Counter[str] = Counter()
         self.key: str | None = None
         self.closing = threading.Event()
         self._lock, self._free = threading.Lock(), 0.0
@@ -114,12 +122,20 @@ class Handler(BaseHTTPRequestHandler):
         fault, part = self.server.faults.of(name, asked)
         if fault == "status":
             return self._say(500)
-        size = path.stat().st_size
-        self.send_response(200)
+        whole = path.stat().st_size
+        first = self._first(whole)
+        size = whole - first
+        self.send_response(206 if first else 200)
         self.send_header("Content-Length", str(size))
+        if self.server.ranges:
+            self.send_header("Accept-Ranges", "bytes")
+        if first:
+            self.server.resumed[name] += 1
+            self.send_header("Content-Range", f"bytes {first}-{whole - 1}/{whole}")
         self.end_headers()
         stop = int(size * part) if fault in ("reset", "stall", "truncate") else size
         with open(path, "rb") as file:
+            file.seek(first)
             self._send(file.read, stop, damaged_at=int(size * part) if fault == "damage" else None)
         if fault == "stall":
             self.server.closing.wait(60)
@@ -127,6 +143,11 @@ class Handler(BaseHTTPRequestHandler):
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         if stop < size:
             self.close_connection = True
+
+    def _first(self, size: int) -> int:
+        """Where what is asked for begins: Range says "bytes=N-", or there is none."""
+        asked = re.fullmatch(r"bytes=(\d+)-", self.headers["Range"] or "")
+        return int(asked[1]) if asked and self.server.ranges and int(asked[1]) < size else 0
 
     def _send(self, read: Callable[[int], bytes], stop: int, damaged_at: int | None) -> None:
         sent = 0

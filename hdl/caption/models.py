@@ -57,7 +57,7 @@ class LocalModel:
             raise HdlError(
                 f"{settings.model}: does not fit the GPU's memory; try --bits 4, or a smaller model"
             ) from None
-        except (OSError, ValueError, ImportError, KeyError) as error:
+        except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
             raise cannot_load(settings.model, error) from error
         self.settings, self.device = settings, device
         self.tokenizer = self.processor.tokenizer
@@ -166,8 +166,8 @@ def cannot_load(model: str, error: Exception) -> HdlError:
     said = " ".join(str(error).split())[:400]
     if "torchvision" in said.lower():
         return HdlError(
-            f"{model}: its processor needs torchvision; install the one that goes with your torch "
-            "(pip install torchvision) and run again"
+            f"{model}: its processor needs torchvision, which is not here or not the one that goes with torch "
+            f"{torch.__version__}: in hdl's folder, pip install -c constraints.txt -e '.[caption]'"
         )
     return HdlError(
         f"{model}: cannot be loaded as an image-text-to-text model: {said or type(error).__name__}. Give a folder or a "

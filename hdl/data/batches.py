@@ -13,13 +13,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from hdl.data.reading import Reader
 from hdl.data.samples import Sample
 from hdl.data.steps import Steps
 from hdl.data.tally import Tally
+from hdl.errors import HdlError
 from hdl.o1.layout import Layout, Segment, lay_out
+from hdl.o1.patches import unpatchify
+from hdl.o1.visual import Eyes, Look
 
 RECENT_LAYOUTS = 16
 AHEAD_BYTES = 160 * 2**20  # of batches read ahead, if more than one step of them fits
@@ -30,7 +34,7 @@ ASK_EVERY = 8  # steps, for the shards wanted next
 
 @dataclass(frozen=True)
 class Batch:
-    """Several samples in one packed run: T text tokens, P patches, B samples."""
+    """Several samples in one packed run: T text tokens, P patches, R reference patches, B samples."""
 
     keys: list[str]
     places: list[int]  # each sample's place in the global batch of its step
@@ -41,10 +45,18 @@ class Batch:
     weights: list[
         float
     ]  # each sample's factor in the loss; what the loss is divided by does not depend on it
+    references: Tensor | None = None  # uint8 [R, 3072], clean, of those that are pairs; None: none is
+    look: Look | None = None  # the same pictures, for the visual tower
 
     @property
     def patch_counts(self) -> list[int]:
         return [segment.patches for segment in self.layout.segments]
+
+    @property
+    def nbytes(self) -> int:
+        """About."""
+        shown = (self.references, self.look.pixels) if self.look else ()
+        return sum(part.nbytes for part in (self.text, self.patches, *shown) if part is not None)
 
     def to(self, device: torch.device | str) -> "Batch":
         return replace(
@@ -52,6 +64,8 @@ class Batch:
             text=self.text.to(device, non_blocking=True),
             patches=self.patches.to(device, non_blocking=True),
             layout=_layout_on(torch.device(device), self.layout),
+            references=None if self.references is None else self.references.to(device, non_blocking=True),
+            look=self.look and self.look.to(device),
         )
 
 
@@ -72,11 +86,18 @@ def _layout_on(device: torch.device, layout: Layout) -> Layout:
 
 def pack(
     samples: Sequence[Sample], places: list[int], global_patches: int,
-    weights: list[float] | None = None, pin: bool = False,
+    weights: list[float] | None = None, pin: bool = False, eyes: Eyes | None = None,
 ) -> Batch:  # fmt: skip
     """Put samples one after another. weights: 1 each by default; pin: in page-locked memory, from which copying to
-    a GPU does not wait."""
-    layout = lay_out([Segment(len(s.input_ids), s.rows, s.cols) for s in samples])
+    a GPU does not wait; eyes: of the base, needed where a sample is a pair."""
+    layout = lay_out(
+        [
+            Segment(len(s.input_ids), s.rows, s.cols, tuple(grid for grid, _ in s.references), s.seen)
+            for s in samples
+        ]
+    )
+    references = [patches for s in samples for _, patches in s.references]
+    look = _look(samples, eyes) if references else None
     return Batch(
         keys=[s.key for s in samples],
         places=places,
@@ -85,7 +106,28 @@ def pack(
         layout=layout.pinned() if pin else layout,
         global_patches=global_patches,
         weights=weights or [1.0] * len(samples),
+        references=_joined(references, pin) if references else None,
+        look=look.pinned() if look and pin else look,
     )
+
+
+def _look(samples: Sequence[Sample], eyes: Eyes | None) -> Look:
+    """Of the references of all samples."""
+    assert eyes, "pairs are packed with the eyes of their base"
+    looks = []
+    for sample in samples:
+        if sample.references:
+            images = [
+                Image.fromarray(unpatchify(patches, *grid).numpy()) for grid, patches in sample.references
+            ]
+            looks.append(eyes.look(images))
+            if eyes.grids(looks[-1]) != [(seen.rows, seen.cols) for seen in sample.seen]:
+                raise HdlError(
+                    f"sample {sample.key}: the base's image processor makes {eyes.grids(looks[-1])} tokens of its "
+                    f"references, its prompts have room for {[(s.rows, s.cols) for s in sample.seen]}: the base's "
+                    "preprocessor_config.json has changed since; prepare the images again"
+                )
+    return Look.joined(looks)
 
 
 def _joined(parts: Sequence[Tensor], pin: bool) -> Tensor:
@@ -102,7 +144,11 @@ class Batches:
     waited: seconds that the last `of_step` took. tally: what the steps asked for have drawn, over all ranks.
     """
 
-    def __init__(self, steps: Steps, reader: Reader, rank: int, pin_memory: bool) -> None:
+    def __init__(
+        self, steps: Steps, reader: Reader, rank: int, pin_memory: bool, eyes: Eyes | None = None
+    ) -> None:
+        """eyes: as `pack` takes them."""
+        self.eyes = eyes
         self.steps, self.reader, self.rank, self.pin_memory = steps, reader, rank, pin_memory
         self.mixture = reader.mixture
         self.tally = Tally(self.mixture)
@@ -123,7 +169,7 @@ class Batches:
             if s not in self._coming:
                 self._coming[s] = self._planner.submit(self._start, s)
         batches = [batch.result() for batch in self._coming.pop(step).result()]
-        size = sum(batch.patches.nbytes + batch.text.nbytes for batch in batches)
+        size = sum(batch.nbytes for batch in batches)
         self._ahead = min(max(AHEAD_BYTES // size, 1), MOST_STEPS_AHEAD)
         for pack in self.steps.plan(step).packs:
             self.tally.add(pack.sample)
@@ -145,7 +191,8 @@ class Batches:
         plan = self.steps.plan(step)
         picks = plan.packs[number]
         weights = self.mixture.loss_weight[picks.sample].tolist()
-        return pack(self.reader.read(picks), plan.places(number), plan.patches, weights, self.pin_memory)
+        samples = self.reader.read(picks)
+        return pack(samples, plan.places(number), plan.patches, weights, self.pin_memory, self.eyes)
 
     def _prefetch(self, step: int) -> None:
         """Tell the sources which shards are wanted next: twice as many as are mixed."""

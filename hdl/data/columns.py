@@ -20,7 +20,8 @@ class Columns:
     rows: np.ndarray  # int32 [n]: patches
     cols: np.ndarray  # int32 [n]: patches
     mirrored: np.ndarray  # bool [n]: may be mirrored
-    paired: np.ndarray  # bool [n]: has references
+    references: np.ndarray  # int32 [n]: patches of its references; 0: it is no pair
+    empty_text: np.ndarray  # int32 [n]: tokens of its own empty prompt; 0: it has none
     image: np.ndarray  # float64 [n]: the image file's hash, as a number in [0, 1)
     shard: np.ndarray  # int32 [n]: number of the shard in `shards`
     captions: np.ndarray  # int32 [n]: how many it has
@@ -32,8 +33,8 @@ class Columns:
     @classmethod
     def of(cls, sources: Sequence[Iterable[SampleInfo]]) -> "Columns":
         """Goes through each source's samples once."""
-        columns = [array("i") for _ in range(7)]
-        source, rows, cols, mirrored, paired, shard, captions = columns
+        columns = [array("i") for _ in range(8)]
+        source, rows, cols, mirrored, references, empty_text, shard, captions = columns
         image, texts = array("d"), array("i")
         shards: dict[tuple[int, str], int] = {}
         tags: dict[str, array[int]] = {}
@@ -45,7 +46,8 @@ class Columns:
                 rows.append(info.rows)
                 cols.append(info.cols)
                 mirrored.append(info.mirrored)
-                paired.append(bool(info.references))
+                references.append(info.reference_patches)
+                empty_text.append(info.empty_tokens)
                 shard.append(shards.setdefault((number, info.shard), len(shards)))
                 captions.append(len(info.text_tokens))
                 image.append(int(info.image_sha256[:HASHED], 16) / 16**HASHED)
@@ -53,7 +55,8 @@ class Columns:
         counts = np.asarray(captions, dtype=np.int64)
         return cls(
             source=np.asarray(source), rows=np.asarray(rows), cols=np.asarray(cols),
-            mirrored=np.asarray(mirrored, dtype=bool), paired=np.asarray(paired, dtype=bool),
+            mirrored=np.asarray(mirrored, dtype=bool),
+            references=np.asarray(references), empty_text=np.asarray(empty_text),
             image=np.asarray(image), shard=np.asarray(shard), captions=np.asarray(captions), shards=list(shards),
             tags={tag: np.asarray(samples) for tag, samples in tags.items()},
             texts=np.asarray(texts), first_text=np.cumsum(counts) - counts,
@@ -67,8 +70,10 @@ class Columns:
         return self.texts[self.first_text[sample] + caption]
 
     def longest_text(self) -> np.ndarray:
-        """int32 [n]: tokens of each sample's longest caption."""
-        return np.maximum.reduceat(self.texts, self.first_text) if len(self) else self.texts
+        """int32 [n]: tokens of each sample's longest caption, or of its own empty prompt."""
+        if not len(self):
+            return self.texts
+        return np.maximum(np.maximum.reduceat(self.texts, self.first_text), self.empty_text)
 
     def patches(self, sample: np.ndarray) -> np.ndarray:
         """int32: of these samples' pictures."""

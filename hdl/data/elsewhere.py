@@ -48,6 +48,7 @@ class Elsewhere:
         self.cache = Cache(options.folder.expanduser(), int(options.gib * 2**30))
         self.lost: dict[str, str] = {}  # shard -> why
         self.most_ahead = 0  # bytes
+        self.lists = 0  # bytes of the cache that its list of samples takes
         self.ahead = Ahead(self._have)
 
     @property
@@ -68,6 +69,7 @@ class Elsewhere:
                 f"{(samples['bytes'] + 2 * largest) / 2**30:.3g}, better room for some twenty shards"
             )
         self.most_ahead = room - largest  # which leaves room for one that is wanted now
+        self.lists = samples["bytes"]
         self.records = {shard["file"]: shard for shard in index["shards"]}
         for attempt in range(2):
             file = self.cache.hold(samples, lambda part: self.fetcher.into(part, samples))

@@ -3,6 +3,9 @@
 A shard that was given up is lost: what is wanted of it raises `ShardLost` from then on, so that a run can go
 on without it. Bytes whose hash is not the index's are never handed on: at most they lie under a name that
 nobody reads, until they are overwritten or removed.
+
+A try goes on where the one before broke off, if the source can give parts of files. What holds the parts together is
+the hash of the whole: where it is wrong in the end, the next try begins anew.
 """
 
 import hashlib
@@ -30,10 +33,21 @@ class ShardLost(HdlError):
         self.shard = shard
 
 
+class Came:
+    """What has come of a file: so many bytes from its start, with this hash."""
+
+    def __init__(self) -> None:
+        self.start_over()
+
+    def start_over(self) -> None:
+        self.digest, self.count = hashlib.sha256(), 0
+
+
 class Fetcher:
     """stall: seconds without a byte after which a connection is given up. tries: of each file.
 
-    failures: a line for every try that failed, those that a later one made good included.
+    failures: a line for every try that failed, those that a later one made good included, and for every silence that
+    a second connection was opened in.
     """
 
     def __init__(self, source: Source, stall: float, tries: int) -> None:
@@ -45,38 +59,52 @@ class Fetcher:
 
         def receive() -> bytes:
             data = bytearray()
-            self._stream(name, record, limit, lambda part, at: data.extend(part))
+            self._stream(name, record, limit, Came(), lambda part, at: data.extend(part))
             return bytes(data)
 
         return self._tried(name, receive)
 
     def into(self, file: int, record: dict[str, Any]) -> None:
         """Write a file of the index into an open one, from its start; HdlError where it cannot be had."""
+        name, came = record["file"], Came()
         self._tried(
-            record["file"],
+            name,
             lambda: self._stream(
-                record["file"], record, record["bytes"], lambda part, at: _write(file, part, at)
+                name, record, record["bytes"], came, lambda part, at: _write(file, part, at)
             ),
         )
 
     def _stream(
-        self, name: str, record: dict[str, Any] | None, limit: int, put: Callable[[bytes, int], None]
+        self,
+        name: str,
+        record: dict[str, Any] | None,
+        limit: int,
+        came: "Came",
+        put: Callable[[bytes, int], None],
     ) -> None:
-        digest, count = hashlib.sha256(), 0
-        with closing(chunks(self.source, name, self.stall)) as parts:
-            for part in parts:
-                if count + len(part) > limit:
+        """came: by the tries before, and by this one when it fails."""
+        with closing(chunks(self.source, name, self.stall, came.count, self._note(name))) as parts:
+            for at, part in parts:
+                if at != came.count:  # only the whole file can be had
+                    came.start_over()
+                if came.count + len(part) > limit:
+                    came.start_over()
                     raise Failure(f"it is longer than {limit:,} bytes", final=record is None)
-                digest.update(part)
-                put(part, count)
-                count += len(part)
-        if record is not None and count != record["bytes"]:
-            raise Failure(f"it ended after {count:,} of {record['bytes']:,} bytes")
-        if record is not None and digest.hexdigest() != record["sha256"]:
+                came.digest.update(part)
+                put(part, came.count)
+                came.count += len(part)
+        if record is not None and came.count != record["bytes"]:
+            raise Failure(f"it ended after {came.count:,} of {record['bytes']:,} bytes")
+        found = came.digest.hexdigest()
+        if record is not None and found != record["sha256"]:
+            came.start_over()
             raise Failure(
-                f"its bytes are not those that were written: they have sha256 {digest.hexdigest()}, the index "
-                f"says {record['sha256']}"
+                f"its bytes are not those that were written: they have sha256 {found}, the index says "
+                f"{record['sha256']}"
             )
+
+    def _note(self, name: str) -> Callable[[str], None]:
+        return lambda text: self.failures.append(f"{name}: {text}")
 
     def _tried(self, name: str, attempt: Callable[[], T]) -> T:
         for tried in range(1, self.tries + 1):

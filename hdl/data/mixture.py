@@ -23,7 +23,7 @@ from hdl.config import Data
 from hdl.data.columns import Columns
 from hdl.data.elsewhere import CacheOptions
 from hdl.data.quotas import Quotas
-from hdl.data.samples import Prompt, Sample, SampleInfo
+from hdl.data.samples import NO_CAPTION, Prompt, Sample, SampleInfo
 from hdl.data.shards import Shards
 from hdl.errors import HdlError
 
@@ -53,7 +53,7 @@ class Mixture:
 
     columns: of all samples; quotas: draws of each; held_out: int64, the numbers of the samples held out, in an
     order of their own; loss_weight: float32 [n], the factor of each sample's loss. Raises HdlError where a tag is
-    nobody's, nothing is left to train on, or samples are for editing.
+    nobody's, nothing is left to train on, or pairs were prepared before they could be trained on.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Mixture:
         self.columns = columns = Columns.of([source.shards.infos for source in sources])
         sizes = [len(source.shards.infos) for source in sources]
         self._first = np.cumsum([0, *sizes])
-        _refuse_pairs(self.sources, columns)
+        _check_pairs(self.sources, columns)
         regularization = np.array([source.regularization for source in sources])[columns.source]
         kept_back = (columns.image < held_out) & ~regularization
         chosen = np.flatnonzero(kept_back)
@@ -86,19 +86,34 @@ class Mixture:
         hashes = [source.shards.dataset_hash for source in self.sources]
         return hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
+    @property
+    def pairs(self) -> int:
+        """Samples with reference images, for editing."""
+        return int((self.columns.references > 0).sum())
+
+    def empty_text(self, sample: np.ndarray) -> np.ndarray:
+        """int: tokens of these samples' empty prompts."""
+        own = self.columns.empty_text[sample]
+        return np.where(own > 0, own, len(self.empty.input_ids))
+
     def info(self, sample: int) -> SampleInfo:
         source, i = self._place(sample)
         return source.shards.infos[i]
 
     def read(self, sample: int, caption: int) -> Sample:
-        """HdlError as Shards.read: ShardLost among them."""
+        """caption: NO_CAPTION for the empty prompt. HdlError as Shards.read: ShardLost among them."""
         source, i = self._place(sample)
-        return source.shards.read(i, caption)
+        if caption != NO_CAPTION or self.columns.references[sample]:
+            return source.shards.read(i, caption)
+        empty = self.empty
+        read = source.shards.read(i, 0)
+        return replace(read, input_ids=empty.input_ids, text_embeds=empty.text_embeds, caption="")
 
     def longest(self, count: int) -> list[SampleInfo]:
         """At most `count` samples that are trained on: those with the most tokens, with their longest caption."""
         trained = np.flatnonzero(self.quotas.expected > 0)
-        tokens = self.columns.patches(trained) + self.columns.longest_text()[trained]
+        columns = self.columns
+        tokens = (columns.patches(trained) + columns.references[trained]) + columns.longest_text()[trained]
         return [self.info(i) for i in trained[np.argsort(-tokens, kind="stable")[:count]].tolist()]
 
     def parts(self) -> dict[str, np.ndarray]:
@@ -200,13 +215,14 @@ def _weighted(sources: Sequence[Source], columns: Columns, counts: np.ndarray) -
     return counts * factors[columns.source]
 
 
-def _refuse_pairs(sources: Sequence[Source], columns: Columns) -> None:
+def _check_pairs(sources: Sequence[Source], columns: Columns) -> None:
     for s, source in enumerate(sources):
-        pairs = int((columns.paired & (columns.source == s)).sum())
-        if pairs:
+        old = int(((columns.references > 0) & (columns.empty_text == 0) & (columns.source == s)).sum())
+        if old:
             raise HdlError(
-                f"{source.shown}: {pairs:,} of its samples are paired with reference images, for editing, "
-                "which cannot be trained on yet; prepare the target images alone into another folder"
+                f"{source.shown}: {old:,} of its samples are paired with reference images, for editing, and were "
+                "prepared by an earlier hdl, which left no room for these in the prompts; run tools/prepare.py again "
+                "with the same options"
             )
 
 

@@ -97,13 +97,14 @@ class Packs:
 
 def _check(draws: Draws, budget: int) -> None:
     [info] = draws.mixture.longest(1)
-    text = max(info.text_tokens)
-    if draws.caption_dropout:
+    text = info.longest_text
+    if draws.caption_dropout and not info.empty_tokens:
         text = max(text, len(draws.mixture.empty.input_ids))
-    if info.patches + text > budget:
+    patches = info.patches + info.reference_patches
+    if patches + text > budget:
         raise HdlError(
-            f"train.micro_batch_tokens {budget}: sample {info.key} (of {info.source}) alone has {info.patches + text} "
-            f"tokens, {text} of text and {info.patches} patches; set at least that many, or prepare the images with a "
+            f"train.micro_batch_tokens {budget}: sample {info.key} (of {info.source}) alone has {patches + text} "
+            f"tokens, {text} of text and {patches} patches; set at least that many, or prepare the images with a "
             "smaller area"
         )
 

@@ -11,9 +11,8 @@ import numpy as np
 
 from hdl.data.mixture import Mixture
 from hdl.data.order import Stream
+from hdl.data.samples import NO_CAPTION
 from hdl.seeds import uniform_at
-
-NO_CAPTION = -1
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class Picks:
     caption: np.ndarray  # int64 [k]: number of the caption; NO_CAPTION: the empty prompt
     mirrored: np.ndarray  # bool [k]
     patches: np.ndarray  # int64 [k]
-    tokens: np.ndarray  # int64 [k]: of text and patches
+    tokens: np.ndarray  # int64 [k]: of text, patches and references' patches
 
     def __len__(self) -> int:
         return len(self.number)
@@ -65,9 +64,10 @@ class Draws:
         if self.caption_dropout:
             dropped = uniform_at(number, seed, "caption dropout") < self.caption_dropout
             caption = np.where(dropped, NO_CAPTION, caption)
-            text = np.where(dropped, len(self.mixture.empty.input_ids), text)
+            text = np.where(dropped, self.mixture.empty_text(sample), text)
         mirrored = np.zeros(len(sample), dtype=bool)
         if self.mirror:
             mirrored = columns.mirrored[sample] & (uniform_at(number, seed, "mirror") < 0.5)
         patches = columns.patches(sample).astype(np.int64)
-        return Picks(number, sample, caption, mirrored, patches, patches + text)
+        tokens = patches + text + columns.references[sample]
+        return Picks(number, sample, caption, mirrored, patches, tokens)

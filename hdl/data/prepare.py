@@ -47,6 +47,7 @@ from hdl.errors import HdlError
 from hdl.o1.checkpoint import open_checkpoint
 from hdl.o1.patches import PATCH
 from hdl.o1.prompt import UNCONDITIONAL_PROMPT, PromptEncoder
+from hdl.o1.visual import Eyes
 
 NO_LOOK = Look()
 NOT_IN_KEYS = re.compile(r"[^A-Za-z0-9_-]+")
@@ -127,6 +128,7 @@ def prepare(
     with claimed(out) as index:
         checkpoint = open_checkpoint(base, config_from, random_init)
         texts = Texts(PromptEncoder(checkpoint))
+        eyes = Eyes(checkpoint.folder) if folder.references else None
         fingerprint = checkpoint.fingerprint()
         if index:
             check_base(out, index, fingerprint)
@@ -136,11 +138,11 @@ def prepare(
         summary = Summary(images, out, skips=dict(folder.skips))
         writer = ShardWriter(out, earlier, shard_bytes)
         with writing(writer):
-            tasks = Plan(folder, styles, options, texts, fingerprint, earlier, summary).tasks()
+            tasks = Plan(folder, styles, options, texts, eyes, fingerprint, earlier, summary).tasks()
             jobs = ((task, task.job) for task in tasks)
             for task, answer in in_order(pictures_or_skip, jobs, workers, job_weight, answer_weight):
                 try:
-                    infos = store(task, answer, texts, writer, summary)
+                    infos = store(task, answer, texts, eyes, writer, summary)
                 except Skip as skip:
                     summary.skips[task.source] = skip
                 else:
@@ -184,6 +186,7 @@ class Plan:
     styles: dict[str, Look]
     options: Options
     texts: Texts
+    eyes: Eyes | None  # where there are pairs
     fingerprint: str
     earlier: Earlier
     summary: Summary
@@ -233,7 +236,9 @@ class Plan:
         if references:  # a window of the target is no longer what becomes of them
             sizes = replace(sizes, crops=0)
         mirrored = may_mirror(candidates, look.tags, self.options.keep_direction)
-        made_from = [candidates, notes, look.style, look.tags, mirrored, len(references)]
+        made_from: list[object] = [candidates, notes, look.style, look.tags, mirrored, len(references)]
+        if references and self.eyes:
+            made_from.append(self.eyes.identity())
         recipe = hashlib.sha256(json.dumps(self._made_from + made_from).encode()).hexdigest()
         earlier = {
             view: known
@@ -274,7 +279,12 @@ def tokenize(tasks: list[Task], texts: Texts) -> Iterator[Wording | Skip]:
 
 
 def store(
-    task: Task, answer: Pictures | Skip, texts: Texts, writer: ShardWriter, summary: Summary
+    task: Task,
+    answer: Pictures | Skip,
+    texts: Texts,
+    eyes: Eyes | None,
+    writer: ShardWriter,
+    summary: Summary,
 ) -> list[SampleInfo]:
     """Give all samples of an image to the writer; what is known of each. Raises Skip."""
     if isinstance(answer, Skip):
@@ -288,7 +298,10 @@ def store(
     for view in answer.views:
         if isinstance(view, Picture):
             assert wording and tokens
-            info, payload = make_sample(task, answer, view, wording, tokens)
+            if view.references and eyes:
+                info, payload = make_pair(task, answer, view, wording, texts, eyes)
+            else:
+                info, payload = make_sample(task, answer, view, wording, tokens)
             writer.add(info, payload)
             summary.new += 1
         else:
@@ -328,6 +341,21 @@ def make_sample(
         recipe=recipe_of(task.recipe, picture.view),
     )
     return info, payload
+
+
+def make_pair(
+    task: Task, pictures: Pictures, picture: Picture, wording: Wording, texts: Texts, eyes: Eyes
+) -> tuple[SampleInfo, bytes]:
+    """`make_sample` of a picture with references: its prompts have room for what the visual tower makes of these,
+    which depends on their sizes, and an empty one that has comes after them. Skip where they leave too little for a
+    caption."""
+    grids = eyes.grids_of([(cols * PATCH, rows * PATCH) for (rows, cols), _ in picture.references])
+    all_ids = [texts.beside(caption, grids) for caption in (*wording.captions, UNCONDITIONAL_PROMPT)]
+    info, payload = make_sample(
+        task, pictures, picture, replace(wording, ids=all_ids[:-1]), texts.tokens(all_ids)
+    )
+    seen = texts.encoder.seen(all_ids[-1], grids)  # the same in all of them: images come first
+    return replace(info, seen=list(seen), empty_tokens=len(all_ids[-1])), payload
 
 
 def key_of(source: str, view: str | None) -> str:

@@ -2,7 +2,8 @@
 
 A sample of a lost shard is replaced by one of the same rows and cols, since every rank has already counted the
 step's patches: the next one of a seeded order, from a place in it that the draw's number gives, in a shard that is
-not lost. One whose caption is no longer comes first, so that packs stay within their budget where that is possible.
+not lost. One whose caption and references are no longer come first, so that packs stay within their budget where
+that is possible.
 """
 
 from dataclasses import replace
@@ -13,8 +14,8 @@ import numpy as np
 from hdl.data.fetch import ShardLost
 from hdl.data.mirror import mirrored
 from hdl.data.mixture import Mixture
-from hdl.data.picks import NO_CAPTION, Picks
-from hdl.data.samples import Sample
+from hdl.data.picks import Picks
+from hdl.data.samples import NO_CAPTION, Sample
 from hdl.errors import HdlError
 from hdl.seeds import uniform_at
 
@@ -39,16 +40,14 @@ class Reader:
         number, sample, caption = (int(values[i]) for values in (picks.number, picks.sample, picks.caption))
         while True:
             try:
-                read = self.mixture.read(sample, max(caption, 0))
+                read = self.mixture.read(sample, caption)
                 break
             except ShardLost as error:
                 self._lose(sample, error)
                 sample, caption = self._substitute(picks, i, number, sample)
-        if caption == NO_CAPTION:
-            empty = self.mixture.empty
-            read = replace(read, input_ids=empty.input_ids, text_embeds=empty.text_embeds, caption="")
         if picks.mirrored[i] and self.mixture.columns.mirrored[sample]:
-            read = replace(read, patches=mirrored(read.patches, read.rows, read.cols))
+            references = tuple((grid, mirrored(patches, *grid)) for grid, patches in read.references)
+            read = replace(read, patches=mirrored(read.patches, read.rows, read.cols), references=references)
         return read
 
     def _lose(self, sample: int, error: ShardLost) -> None:
@@ -85,10 +84,12 @@ class Reader:
         captions = np.full(len(candidates), NO_CAPTION)
         if picks.caption[i] != NO_CAPTION:
             captions = picks.caption[i] % columns.captions[candidates]
+        text = self.mixture.empty_text(candidates)
+        if picks.caption[i] != NO_CAPTION:
             text = columns.text_tokens(candidates, captions)
-            short = text <= picks.tokens[i] - picks.patches[i]
-            if short.any():
-                candidates, captions = candidates[short], captions[short]
+        short = text + columns.references[candidates] <= picks.tokens[i] - picks.patches[i]
+        if short.any():
+            candidates, captions = candidates[short], captions[short]
         place = uniform_at(candidates, self.seed, "substitutes")
         start = float(uniform_at(np.array([number]), self.seed, "substitute")[0])
         first = int(((place - start) % 1.0).argmin())

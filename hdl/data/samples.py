@@ -4,17 +4,21 @@ The bytes are safetensors:
 
     patches             uint8 [N, 3072]     the picture, row by row
     references          uint8 [M, 3072]     the pictures it was made from, one after another, where it is paired
-    input_ids           int32 [L1+L2+...]   its captions' tokens, one caption after another
+    input_ids           int32 [L1+L2+...]   its captions' tokens, one caption after another, and those of the empty
+                                            prompt after them where it is paired
     token_ids           int32 [U]           the different tokens among them, ascending
     token_embeds        bfloat16 [U, D]     their text embeddings
 
 Unusual: text embeddings are rows of the base's token table, so each different token's row is kept once. A
 further caption of a picture then costs little more than its token ids, also to read.
+
+The captions of a pair begin with its references: as many image tokens as the visual tower makes of each. Dropping
+the caption leaves them where they are, so a pair has an empty prompt of its own.
 """
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import safetensors.torch
@@ -23,8 +27,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from hdl.errors import HdlError
+from hdl.o1.layout import Grid, Seen
 
-Grid = tuple[int, int]  # rows, cols of patches
+NO_CAPTION = -1  # in a caption's place: the empty prompt
+OF_PAIRS = ("seen", "empty_tokens")  # fields; only lines of pairs have them
 
 
 @dataclass(frozen=True)
@@ -51,15 +57,26 @@ class SampleInfo:
     note: str | None  # what the report says of this image
     image_sha256: str  # of the image file; of a pair, of all its files
     recipe: str  # hash of everything else the sample was made from: captions, options, base
+    seen: list[Seen] = field(default_factory=list)  # where the references stand in each of its prompts
+    empty_tokens: int = 0  # L of its own empty prompt; 0: it has none
 
     @property
     def patches(self) -> int:
         """Of the picture: those with a loss."""
         return self.rows * self.cols
 
+    @property
+    def reference_patches(self) -> int:
+        return sum(rows * cols for rows, cols in self.references)
+
+    @property
+    def longest_text(self) -> int:
+        """Tokens of the longest of its prompts."""
+        return max(*self.text_tokens, self.empty_tokens)
+
     def tokens(self, caption: int = 0) -> int:
         """Of the whole sequence with one of its captions: text, patches, references' patches."""
-        return self.text_tokens[caption] + self.patches + sum(rows * cols for rows, cols in self.references)
+        return self.text_tokens[caption] + self.patches + self.reference_patches
 
 
 @dataclass(frozen=True)
@@ -73,7 +90,7 @@ class Prompt:
 @dataclass(frozen=True)
 class Sample:
     """patches uint8 [rows*cols, 3072], input_ids int64 [L], text_embeds bfloat16 [L, D], references: uint8
-    [rows*cols, 3072] of each with its grid."""
+    [rows*cols, 3072] of each with its grid; seen: where they stand in the text."""
 
     key: str
     patches: Tensor
@@ -83,6 +100,7 @@ class Sample:
     text_embeds: Tensor
     caption: str
     references: tuple[tuple[Grid, Tensor], ...] = ()
+    seen: tuple[Seen, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -139,9 +157,11 @@ def _safetensors(parts: list[tuple[str, str, np.ndarray]]) -> bytes:
 
 
 def sample_from(payload: bytes, info: SampleInfo, caption: int = 0) -> Sample:
-    """The sample with one of its captions. HdlError where the bytes are no safetensors."""
+    """The sample with one of its captions; a pair's caption may be NO_CAPTION. HdlError where the bytes are no
+    safetensors."""
     tensors = _tensors(payload)
-    prompt = _prompt(tensors, info.text_tokens, caption)
+    lengths = [*info.text_tokens, info.empty_tokens] if info.empty_tokens else info.text_tokens
+    prompt = _prompt(tensors, lengths, caption)
     references: list[tuple[Grid, Tensor]] = []
     if info.references:
         sizes = [rows * cols for rows, cols in info.references]
@@ -149,7 +169,7 @@ def sample_from(payload: bytes, info: SampleInfo, caption: int = 0) -> Sample:
         references = [((rows, cols), part) for (rows, cols), part in zip(info.references, parts)]
     return Sample(
         info.key, tensors["patches"], info.rows, info.cols, prompt.input_ids, prompt.text_embeds,
-        info.captions[caption], tuple(references),
+        "" if caption == NO_CAPTION else info.captions[caption], tuple(references), tuple(info.seen),
     )  # fmt: skip
 
 
@@ -175,12 +195,19 @@ def hash_of_captions(captions: list[str]) -> str:
 
 
 def info_to_json(info: SampleInfo) -> str:
-    return json.dumps(vars(info))
+    fields = vars(info)
+    if not info.references:
+        fields = {name: value for name, value in fields.items() if name not in OF_PAIRS}
+    else:
+        fields = fields | {"seen": [(seen.start, seen.rows, seen.cols) for seen in info.seen]}
+    return json.dumps(fields)
 
 
 def info_from_json(line: str) -> SampleInfo:
     fields = json.loads(line)
-    return SampleInfo(**fields | {"references": [(rows, cols) for rows, cols in fields["references"]]})
+    references = [(rows, cols) for rows, cols in fields["references"]]
+    seen = [Seen(start, rows, cols) for start, rows, cols in fields.get("seen", ())]
+    return SampleInfo(**fields | {"references": references, "seen": seen})
 
 
 def _tensors(payload: bytes) -> dict[str, Tensor]:

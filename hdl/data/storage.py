@@ -13,7 +13,8 @@ import signal
 import subprocess
 import tempfile
 import threading
-from collections.abc import Generator, Mapping
+import time
+from collections.abc import Callable, Generator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from os import killpg
@@ -27,12 +28,17 @@ from fsspec.registry import known_implementations
 from hdl.errors import HdlError
 
 CHUNK = 2**20  # bytes read at once
+SECOND_AFTER = 0.25  # of the silence after which a connection is given up
 URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 WORTH_ANOTHER_TRY = (408, 425, 429)  # of the 4xx statuses
 
 
 class Stream(Protocol):
-    """A file being read from start to end by one thread; `abort` may come from another."""
+    """A file being read to its end by one thread; `abort` may come from another. start: where in the file it begins,
+    which is 0 where the source gives only whole files; in_parts: whether it is known to give others."""
+
+    start: int
+    in_parts: bool
 
     def read(self) -> bytes:
         """The next bytes; none at the end. Raises where what came is not the whole file."""
@@ -42,7 +48,8 @@ class Stream(Protocol):
 
 
 class Source(Protocol):
-    def open(self, name: str, stall: float) -> Stream: ...
+    def open(self, name: str, stall: float, start: int = 0) -> Stream:
+        """start: bytes of the file that are here already and need not come again, if that can be."""
 
     def shown(self, name: str = "") -> str:
         """For messages: the place, or a file there, without passwords and signatures."""
@@ -97,8 +104,8 @@ class Url:
                 'https://, or "pipe:COMMAND with {file}"'
             ) from None
 
-    def open(self, name: str, stall: float) -> Stream:
-        return UrlStream(self._url(name), self.storage, stall)
+    def open(self, name: str, stall: float, start: int = 0) -> Stream:
+        return UrlStream(self._url(name), self.storage, stall, start)
 
     def shown(self, name: str = "") -> str:
         return re.sub("://[^/@]*@", "://", self._url(name).partition("?")[0])
@@ -111,13 +118,24 @@ class Url:
 
 
 class UrlStream:
-    def __init__(self, url: str, storage: dict[str, Any], stall: float) -> None:
+    def __init__(self, url: str, storage: dict[str, Any], stall: float, start: int = 0) -> None:
         self.http = url.startswith(("http://", "https://"))
         try:
             system, path = fsspec.url_to_fs(url, **storage)
-            self.file = system.open(path, "rb", **(_http_options(stall) if self.http else {}))
+            if self.http:
+                self.file = system.open(path, "rb", **_http_options(system, stall, start))
+                self.start = start if self._begins_at(start) else 0
+                self.in_parts = self.start > 0 or self.file.r.headers.get("Accept-Ranges") == "bytes"
+            else:
+                self.file, self.start, self.in_parts = system.open(path, "rb"), start, True
+                self.file.seek(start)
         except Exception as error:  # each library behind fsspec has its own
             raise self._failure(error) from error
+
+    def _begins_at(self, start: int) -> bool:
+        """Whether the server gives the part that was asked for; not all know how to."""
+        answer = self.file.r
+        return answer.status == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {start}-")
 
     def read(self) -> bytes:
         try:
@@ -144,10 +162,14 @@ class UrlStream:
         return Failure(f"{type(error).__name__}: {error}".rstrip(": "), final)
 
 
-def _http_options(stall: float) -> dict[str, Any]:
+def _http_options(system: Any, stall: float, start: int) -> dict[str, Any]:
     import aiohttp
 
-    return {
+    part = {}
+    if start:  # headers given here take the place of those in data.storage
+        asked = {"Range": f"bytes={start}-", "Accept-Encoding": "identity"}
+        part = {"headers": {**system.kwargs.get("headers", {}), **asked}}
+    return part | {
         "block_size": 0,  # one request, read as it comes
         "size": 1,  # any number: fsspec need not ask for it first
         "read_bufsize": 2 * CHUNK,
@@ -169,7 +191,7 @@ class Pipe:
                 '"pipe:ssh store cat /data/{file}"'
             )
 
-    def open(self, name: str, stall: float) -> Stream:
+    def open(self, name: str, stall: float, start: int = 0) -> Stream:
         return PipeStream(self.command.replace("{file}", shlex.quote(name)))
 
     def shown(self, name: str = "") -> str:
@@ -177,6 +199,8 @@ class Pipe:
 
 
 class PipeStream:
+    start, in_parts = 0, False  # a command writes whole files
+
     def __init__(self, command: str) -> None:
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the command runs
         self.process = subprocess.Popen(
@@ -204,45 +228,91 @@ class PipeStream:
             self.process.wait()
 
 
-def chunks(source: Source, name: str, stall: float) -> Generator[bytes]:
-    """A file's bytes as they come. Failure where it does not come whole or nothing comes for `stall` seconds."""
-    read: Queue[bytes | Exception] = Queue(4)
-    opened: list[Stream] = []
-    given_up = threading.Event()
+class Reader:
+    """A thread that reads a file from `start` on into a queue of (reader, what it read with its place, or the
+    exception that ended it)."""
 
-    def hand_over(item: bytes | Exception) -> None:
-        while not given_up.is_set():
-            with suppress(Full):
-                return read.put(item, timeout=1)
+    def __init__(self, source: Source, name: str, stall: float, start: int, into: "Queue[Read]") -> None:
+        self.into, self.given_up = into, threading.Event()
+        self.stream: Stream | None = None
+        arguments = (source, name, stall, start)
+        threading.Thread(target=self._read, args=arguments, name=f"read {name}", daemon=True).start()
 
-    def reader() -> None:
+    def give_up(self) -> None:
+        self.given_up.set()
+        if self.stream:
+            self.stream.abort()
+
+    def can_be_joined(self) -> bool:
+        """Whether another reader could go on in the middle of the file."""
+        return self.stream is not None and self.stream.in_parts
+
+    def _read(self, source: Source, name: str, stall: float, start: int) -> None:
         try:
-            opened.append(source.open(name, stall))
-            data = b"-"
-            while data and not given_up.is_set():
-                data = opened[0].read()
-                hand_over(data)
+            self.stream = source.open(name, stall, start)
+            at, data = self.stream.start, b"-"
+            while data and not self.given_up.is_set():
+                data = self.stream.read()
+                self._hand_over((at, data))
+                at += len(data)
         except Exception as error:
-            hand_over(error)
+            self._hand_over(error)
         finally:
-            if given_up.is_set() and opened:  # perhaps before it was open
-                opened[0].abort()
+            if self.given_up.is_set() and self.stream:  # perhaps before it was open
+                self.stream.abort()
 
-    threading.Thread(target=reader, name=f"read {name}", daemon=True).start()
+    def _hand_over(self, item: "tuple[int, bytes] | Exception") -> None:
+        while not self.given_up.is_set():
+            with suppress(Full):
+                return self.into.put((self, item), timeout=1)
+
+
+Read = tuple[Reader, tuple[int, bytes] | Exception]
+
+
+def chunks(
+    source: Source, name: str, stall: float, start: int = 0, note: Callable[[str], None] = lambda text: None
+) -> Generator[tuple[int, bytes]]:
+    """A file's bytes as they come, each part with its place; from `start` on, or else from 0.
+
+    After a part of `stall` in silence in the middle of a file, the rest is asked for on a second connection, and
+    whichever brings something first is kept; `note` is told. Failure where the file does not come to its end or
+    nothing comes for `stall` seconds."""
+    read: Queue[Read] = Queue(4)
+    readers = [Reader(source, name, stall, start, read)]
+    at, last = start, time.monotonic()
     try:
         while True:
+            second = len(readers) == 1 and readers[0].can_be_joined()
+            limit = stall * SECOND_AFTER if second else stall
             try:
-                item = read.get(timeout=stall)
+                reader, item = read.get(timeout=max(0.0, last + limit - time.monotonic()))
             except Empty:
-                raise Failure(f"nothing came for {stall:g} s") from None
-            if isinstance(item, Failure):
-                raise item
+                if time.monotonic() - last >= stall:
+                    raise Failure(f"nothing came for {stall:g} s") from None
+                if len(readers) == 1 and readers[0].can_be_joined():
+                    note(f"nothing came for {limit:g} s, the rest was asked for again beside it")
+                    readers.append(Reader(source, name, stall, at, read))
+                continue
+            if reader not in readers:
+                continue
             if isinstance(item, Exception):
+                reader.give_up()
+                readers.remove(reader)
+                if readers:  # the other may still bring it
+                    continue
+                if isinstance(item, Failure):
+                    raise item
                 raise Failure(f"{type(item).__name__}: {item}") from item
-            if not item:
+            for other in readers:
+                if other is not reader:
+                    other.give_up()
+            readers, last = [reader], time.monotonic()
+            if not item[1]:
                 return
+            at = item[0] + len(item[1])
             yield item
+            last = time.monotonic()  # what was made of it took time, too
     finally:
-        given_up.set()
-        for stream in opened:
-            stream.abort()
+        for reader in readers:
+            reader.give_up()

@@ -7,13 +7,14 @@ of them.
 
 import hashlib
 import json
+from collections.abc import Sequence
 
 import numpy as np
 
 from hdl.data.images import Skip
 from hdl.data.samples import Tokens, bits_of
 from hdl.errors import HdlError
-from hdl.o1.layout import IMAGE_POSITION
+from hdl.o1.layout import IMAGE_POSITION, Grid
 from hdl.o1.prompt import PromptEncoder
 
 ROWS_KEPT = 16384  # 128 MiB at 4096 numbers a row
@@ -43,6 +44,13 @@ class Texts:
         texts = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
         return [self._checked(caption, ids + image_ids) for caption, ids in zip(captions, encoded)]
+
+    def beside(self, caption: str, images: Sequence[Grid]) -> list[int]:
+        """The token ids of a caption after reference images of these grids; Skip where it is too long for that."""
+        try:
+            return self.encoder.ids(caption, images)
+        except HdlError as error:
+            raise Skip("caption not usable", f"the caption cannot be used: {error}") from None
 
     def tokens(self, all_ids: list[list[int]]) -> Tokens:
         """The captions of one image, for its samples' bytes."""

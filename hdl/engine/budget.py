@@ -55,16 +55,23 @@ def budget_of(run: Run, device: torch.device, fp8: bool) -> Budget:
 
 
 def settled(
-    run: Run, config: O1Config, infos: Sequence[SampleInfo], processes: Processes, fuses: bool
+    run: Run,
+    config: O1Config,
+    infos: Sequence[SampleInfo],
+    processes: Processes,
+    fuses: bool,
+    beside: int = 0,
 ) -> tuple[Run, str | None]:
     """`settle` with this process's GPU; the run as it is, and nothing to say, where nothing can be foreseen.
 
-    fuses: whether the decoder takes the fused path. HdlError for what needs that path, or a GPU.
+    fuses: whether the decoder takes the fused path. beside: bytes that something else of this run takes there.
+    HdlError for what needs that path, or a GPU.
     """
     device = processes.device
     check_layers(run, config)
     if device.type == "cuda" and fuses:
-        return settle(run, config, infos, processes.world, budget_of(run, device, has_fp8(device)))
+        budget = budget_of(run, device, has_fp8(device))
+        return settle(run, config, infos, processes.world, replace(budget, bytes=budget.bytes - beside))
     for option, found, without in (("memory", run.model.memory, "set"), ("card", run.model.card, None)):
         if found != without:
             lacking = "this run takes the plain path" if device.type == "cuda" else "this run is on the CPU"
@@ -129,8 +136,7 @@ def work_of(train: Train, infos: Sequence[SampleInfo], world: int) -> Work:
 
 def fullest(infos: Sequence[SampleInfo], tokens: int) -> Work:
     """The heaviest pack of so many tokens: nothing but the longest of these samples, as far as it goes in."""
-    longest = max(infos, key=lambda i: i.patches + max(i.text_tokens))
-    segment = Segment(max(longest.text_tokens), longest.rows, longest.cols)
+    segment = max((_segment(info) for info in infos), key=lambda segment: segment.tokens)
     segments = [segment] * (tokens // segment.tokens)
     rest = tokens % segment.tokens
     return Work.of([*segments, Segment(2, 1, rest - 2)] if rest > 2 else segments)
@@ -138,11 +144,15 @@ def fullest(infos: Sequence[SampleInfo], tokens: int) -> Work:
 
 def heaviest(infos: Sequence[SampleInfo], micro: int) -> Work:
     """The micro-batch with the most tokens that these samples can make."""
-    longest = sorted(infos, key=lambda i: i.patches + max(i.text_tokens), reverse=True)
-    segments = [Segment(max(i.text_tokens), i.rows, i.cols) for i in longest[:micro]]
+    segments = sorted((_segment(info) for info in infos), key=lambda segment: -segment.tokens)[:micro]
     while len(segments) < micro:  # samples come again
         segments += segments[: micro - len(segments)]
     return Work.of(segments)
+
+
+def _segment(info: SampleInfo) -> Segment:
+    """A sample with its longest prompt."""
+    return Segment(info.longest_text, info.rows, info.cols, tuple(info.references))
 
 
 def strategy_of(run: Run, config: O1Config, world: int) -> Strategy:

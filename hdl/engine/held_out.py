@@ -24,6 +24,7 @@ from hdl.errors import HdlError
 from hdl.flow.noise import VARIANTS
 from hdl.flow.sigma import draw_sigmas
 from hdl.flow.step import flow_matching_loss
+from hdl.o1.visual import VisualTower
 from hdl.report.curves import band_sums
 from hdl.seeds import derive_seed
 
@@ -37,12 +38,14 @@ class Measured:
 
 
 class HeldOut:
-    """dtype, fused: of the run's model, as flow_matching_loss takes them. count: of measurements; 0 where nothing
+    """dtype, fused, tower: of the run's model, as flow_matching_loss takes them. count: of measurements; 0 where nothing
     is held out."""
 
     def __init__(
-        self, run: Run, mixture: Mixture, processes: Processes, dtype: torch.dtype, fused: bool
-    ) -> None:
+        self, run: Run, mixture: Mixture, processes: Processes, dtype: torch.dtype, fused: bool,
+        tower: VisualTower | None = None,
+    ) -> None:  # fmt: skip
+        self.tower, self.eyes = tower, tower.eyes if tower else None
         self.mixture, self.processes, self.dtype, self.fused = mixture, processes, dtype, fused
         self.variant = VARIANTS[run.model.variant]
         self._lost: set[str] = set()
@@ -68,10 +71,11 @@ class HeldOut:
 
     def _error(self, model: PeftModel, number: int) -> Tensor:
         sample = self._sample(number)
-        batch = pack([sample], [number], len(sample.patches)).to(self.processes.device)
+        batch = pack([sample], [number], len(sample.patches), eyes=self.eyes).to(self.processes.device)
         _, errors = flow_matching_loss(
             model, batch, self.sigmas, 0,
             variant=self.variant, flow=Flow(), seed=self.seed, dtype=self.dtype, fused=self.fused,
+            tower=self.tower,
         )  # fmt: skip
         return errors[0].double()
 

@@ -17,6 +17,7 @@ from deepspeed import DeepSpeedEngine
 from hdl.adapter.lora import attach, load_adapter, read_adapter
 from hdl.config import Run
 from hdl.data.batches import Batches
+from hdl.data.locality import what_thrashes
 from hdl.data.mixture import Mixture, open_mixture
 from hdl.data.packing import Packs
 from hdl.data.picks import Draws
@@ -41,6 +42,7 @@ from hdl.errors import HdlError
 from hdl.flow.noise import VARIANTS
 from hdl.flow.sigma import draw_sigmas
 from hdl.o1.checkpoint import Checkpoint, load_model, open_checkpoint
+from hdl.o1.visual import VisualTower, tower_bytes
 from hdl.report.curves import Reporter, StepReport, means_by_band
 from hdl.transfer import Mark, Reading
 
@@ -75,7 +77,8 @@ def prepare(run: Run, processes: Processes) -> Prepared:
     fingerprint = checkpoint.fingerprint()
     mixture = open_mixture(run.data, fingerprint)
     largest = mixture.longest(micro)
-    run, expected = settled(run, checkpoint.config, largest, processes, fuses and not run.lora.dropout)
+    tower = tower_bytes(checkpoint, _dtype(run, processes)) if mixture.pairs else 0
+    run, expected = settled(run, checkpoint.config, largest, processes, fuses and not run.lora.dropout, tower)
     check_stream(run, checkpoint.config, _dtype(run, processes))
     validation = Validation(run, checkpoint, processes)
     adapter = f"rank {run.lora.rank}, targets {run.lora.targets}"
@@ -124,6 +127,7 @@ def _train(run: Run, processes: Processes, signals: Signals, watch: Watch) -> in
     found: Found = processes.gather(prepared.found)[0]
     dtype = _dtype(run, processes)
     model = load_model(prepared.checkpoint, processes.device, dtype, absent=prepared.fuses)
+    tower = VisualTower(prepared.checkpoint, processes.device, dtype) if prepared.mixture.pairs else None
     adapted = attach(model, run.lora, str(run.model.base), run.train.seed)
     state = read_state(found.newest) if found.newest else {"step": 0, "skipped": 0}
     steps = Steps(_cut(run, prepared.mixture, shares(run.train, processes.world)[0], state), processes.world)
@@ -141,7 +145,7 @@ def _train(run: Run, processes: Processes, signals: Signals, watch: Watch) -> in
         _announce(run, prepared, processes, dtype, steps, state["step"])
     loop = Loop(
         run, prepared, processes, engine, steps, state,
-        dtype=dtype, path=path, saver=saver, signals=signals, watch=watch,
+        dtype=dtype, path=path, saver=saver, signals=signals, watch=watch, tower=tower,
     )  # fmt: skip
     try:
         return loop.go()
@@ -171,8 +175,9 @@ class Loop:
     def __init__(
         self, run: Run, prepared: Prepared, processes: Processes, engine: DeepSpeedEngine, steps: Steps,
         state: dict[str, Any], *, dtype: torch.dtype, path: FastPath, saver: Saver, signals: Signals, watch: Watch,
+        tower: VisualTower | None = None,
     ) -> None:  # fmt: skip
-        """state: of the checkpoint that the run goes on from."""
+        """state: of the checkpoint that the run goes on from. tower: where the data have pairs."""
         self.run, self.prepared, self.processes, self.engine = run, prepared, processes, engine
         self.done = self.first = done = state["step"]  # steps so far, skipped ones included
         self.saver, self.signals, self.watch = saver, signals, watch
@@ -184,14 +189,15 @@ class Loop:
         self.train_step = TrainStep(
             engine, processes,
             variant=VARIANTS[run.model.variant], flow=run.flow, seed=run.train.seed, dropout=run.lora.dropout,
-            dtype=dtype, fused=path.fused, ease=self._ease, concern=self._concern,
+            dtype=dtype, fused=path.fused, ease=self._ease, concern=self._concern, tower=tower,
         )  # fmt: skip
         self.taken: Taken | None = None
         self.start = Mark(processes.device)  # of the next step
         self.steps = steps
         reader = Reader(prepared.mixture, run.train.seed, run.data.max_lost, processes.rank)
-        self.batches = Batches(self.steps, reader, processes.rank, pin_memory=processes.device.type == "cuda")
-        self.held_out = HeldOut(run, prepared.mixture, processes, dtype, path.fused)
+        eyes, pin = tower.eyes if tower else None, processes.device.type == "cuda"
+        self.batches = Batches(self.steps, reader, processes.rank, pin_memory=pin, eyes=eyes)
+        self.held_out = HeldOut(run, prepared.mixture, processes, dtype, path.fused, tower)
         self.reporter = (
             Reporter(prepared.folder.tensorboard, done, run.train.steps) if processes.is_main else None
         )
@@ -449,5 +455,12 @@ def _announce(
         f"{run.train.deepspeed.stem}; curves: tensorboard --logdir {prepared.folder.tensorboard}"
     )
     print(prepared.mixture.describe())
+    if prepared.mixture.pairs:
+        print(
+            f"{prepared.mixture.pairs:,} samples have reference images, for editing: the visual tower is loaded, and "
+            "micro-batches with them are not replayed as CUDA graphs"
+        )
+    if warning := what_thrashes(run.data, prepared.mixture):
+        print(warning)
     if prepared.expected:
         print(prepared.expected)

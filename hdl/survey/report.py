@@ -14,11 +14,13 @@ def write_report_page(summary: Summary, areas: tuple[int, ...], workers: int) ->
     """Look at every image that `prepare` took and write the page; where it is. areas: those asked for, in px a
     side; workers: processes that decode."""
     shards = Shards(summary.out)
-    frame = len(shards.empty.input_ids) - 1  # the prompt's frame: the empty prompt is one space
-    entries = [
-        Entry(i.source, i.rows, i.cols, i.captions, [n - frame for n in i.text_tokens], i.style, i.tags)
-        for i in shards.infos
-    ]
+    empty = len(shards.empty.input_ids)
+    entries = []
+    for i in shards.infos:
+        frame = (i.empty_tokens or empty) - 1  # of its prompts: the empty one is one space
+        entries.append(
+            Entry(i.source, i.rows, i.cols, i.captions, [n - frame for n in i.text_tokens], i.style, i.tags)
+        )
     page = summary.out / FILE
     write_survey_page(
         page, summary.images, entries,

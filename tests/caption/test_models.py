@@ -1,11 +1,14 @@
 """Captioning by a real, tiny vision-language model (Gemma 3's structure) on the CPU."""
 
+import json
+import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
-from hdl.caption.models import LocalModel
+from hdl.caption.models import LocalModel, cannot_load
 from hdl.caption.question import picture
 from hdl.caption.run import caption
 from hdl.caption.settings import Settings
@@ -90,3 +93,22 @@ def test_folders_that_are_no_such_model_are_named(tmp_path: Path, tiny_vlm: Path
     (mute / "chat_template.jinja").write_text("x")
     (mute / "model.safetensors").unlink()
     assert "cannot be loaded" in error(mute)
+
+
+@pytest.mark.skipif(find_spec("torchvision") is not None, reason="torchvision is installed here")
+def test_gemma_4_without_torchvision_says_what_to_install(tmp_path: Path, tiny_vlm: Path) -> None:
+    shutil.copytree(tiny_vlm, tmp_path / "gemma")
+    processors = {
+        "processor_class": "Gemma4Processor",
+        "feature_extractor": {"feature_extractor_type": "Gemma4AudioFeatureExtractor"},
+        "image_processor": {"image_processor_type": "Gemma4ImageProcessor"},
+        "video_processor": {"video_processor_type": "Gemma4VideoProcessor"},
+    }
+    (tmp_path / "gemma" / "processor_config.json").write_text(json.dumps(processors))
+    with pytest.raises(HdlError, match=r"needs torchvision, .* pip install .* '\.\[caption\]'"):
+        LocalModel(Settings(model=str(tmp_path / "gemma")), CPU)
+
+
+def test_a_torchvision_for_another_torch_is_named_too() -> None:
+    error = RuntimeError("operator torchvision::nms does not exist")
+    assert "not the one that goes with torch" in str(cannot_load("gemma", error))

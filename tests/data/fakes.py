@@ -20,7 +20,7 @@ def info(i: int, **said: Any) -> SampleInfo:
     unsaid: dict[str, Any] = dict.fromkeys(SampleInfo.__dataclass_fields__)
     usual = {
         "key": f"s{i}", "shard": "a", "rows": 1, "cols": 1, "references": [], "text_tokens": [5], "captions": ["c"],
-        "mirrored": False, "source": f"{i}.png", "tags": [], "image_sha256": hashlib.sha256(b"%d" % i).hexdigest(),
+        "mirrored": False, "seen": [], "empty_tokens": 0, "source": f"{i}.png", "tags": [], "image_sha256": hashlib.sha256(b"%d" % i).hexdigest(),
     }  # fmt: skip
     return SampleInfo(**unsaid | usual | said)
 

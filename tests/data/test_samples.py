@@ -36,6 +36,7 @@ def random_patches(count: int) -> torch.Tensor:
 def info() -> SampleInfo:
     unsaid: dict[str, Any] = dict.fromkeys(SampleInfo.__dataclass_fields__)
     said = {"key": "k", "rows": 2, "cols": 3, "references": [(1, 2), (4, 1)], "captions": ["a", "b", "c"]}
+    said |= {"seen": [], "empty_tokens": 0}
     return SampleInfo(**unsaid | said | {"text_tokens": [len(ids) for ids in CAPTIONS]})
 
 

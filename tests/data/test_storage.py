@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -85,7 +86,7 @@ def test_what_fails_is_asked_for_again_until_it_is_right(
     met = {server.faults.of(name, n)[0] for name, asked in server.asked.items() for n in range(asked)}
     assert met == {"status", "reset", "stall", "truncate", "damage", ""}
     told = "\n".join(shards.failures)
-    for kind in ("HTTP status 500", "nothing came for 0.5 s", "not completed", "index says"):
+    for kind in ("HTTP status 500", "nothing came for 0.125 s, the rest", "not completed", "index says"):
         assert kind in told
 
 
@@ -378,3 +379,82 @@ def _alive(group: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    """Shards that take a while at RATE, so that some of each has come when it breaks off."""
+    write_shards(tmp_path / "large", 3, 4, side=10, seed=0)
+    return tmp_path / "large"
+
+
+RATE = 20e6  # bytes a second
+
+
+@pytest.mark.parametrize("ranges", [True, False], ids=["parts can be had", "whole files only"])
+def test_a_try_goes_on_where_the_one_before_broke_off(
+    large: Path, options: CacheOptions, waits: list[float], ranges: bool
+) -> None:
+    with ShardServer(large, Faults(), RATE, ranges=ranges) as server:
+        server.key = "secret"  # which goes with every request, those for the rest as well
+        fetching = replace(options, storage={"headers": {"X-Key": "secret"}})
+        shards, here = Shards(server.url, cache=fetching), Shards(large)
+        names = shard_names(shards)
+        server.faults = FirstOnly(truncate=1.0)
+        assert all(torch.equal(shards.read(i).patches, here.read(i).patches) for i in range(len(here)))
+        assert [server.asked[name] for name in names] == [2] * len(names)
+        assert [server.resumed[name] for name in names] == [int(ranges)] * len(names)
+        assert len(shards.failures) == len(waits) == len(names)
+
+
+def test_a_silence_in_mid_file_costs_no_more_than_part_of_it(
+    large: Path, options: CacheOptions, waits: list[float]
+) -> None:
+    """A second connection brings the rest, beside the first: no try has failed."""
+    with ShardServer(large, Faults(), RATE) as server:
+        shards = Shards(server.url, cache=replace(options, stall=2.0))
+        name = shard_names(shards)[0]
+        server.faults = FirstOnly(stall=1.0)
+        began = time.monotonic()
+        assert torch.equal(shards.read(0).patches, Shards(large).read(0).patches)
+        assert 0.5 <= time.monotonic() - began < 2.0 and waits == []
+        assert (server.asked[name], server.resumed[name]) == (2, 1)
+        assert shards.failures == [f"{name}: nothing came for 0.5 s, the rest was asked for again beside it"]
+
+
+class FirstOnly(Faults):
+    """Of a file's requests, only the first one fails, in the middle."""
+
+    def of(self, name: str, asked: int) -> tuple[str, float]:
+        return (super().of(name, asked)[0], 0.5) if asked == 0 else ("", 0.5)
+
+
+@pytest.mark.parametrize("fault", ["truncate", "stall"])
+def test_parts_of_different_files_are_never_put_together(
+    large: Path, options: CacheOptions, waits: list[float], fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first half comes from a file that is then replaced by the one that the index lists."""
+    here = Shards(large).read(0).patches
+    with ShardServer(large, Faults(), RATE) as server:
+        shards = Shards(server.url, cache=replace(options, stall=1.0))
+        name = shard_names(shards)[0]
+        right = (large / name).read_bytes()
+        (large / name).write_bytes(bytes(len(right)))
+        server.faults = FirstOnly(**{fault: 1.0})
+        asked_again = server.count
+
+        def mend(name: str) -> int:
+            if (number := asked_again(name)) == 1:
+                (large / name).write_bytes(right)
+            return number
+
+        monkeypatch.setattr(server, "count", mend)
+        assert torch.equal(shards.read(0).patches, here)
+        assert (server.asked[name], server.resumed[name]) == (3, 1)
+        assert "the index says" in shards.failures[1] and len(shards.failures) == 2
+
+
+def test_the_rest_of_a_file_can_be_had_from_any_url() -> None:
+    fsspec.filesystem("memory").pipe("/parts/file", bytes(range(100)))
+    stream = Url("memory://parts").open("file", 1.0, start=90)
+    assert stream.in_parts and stream.start == 90 and stream.read() == bytes(range(90, 100))

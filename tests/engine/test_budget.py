@@ -18,7 +18,10 @@ REAL = read_config(Path(__file__).parents[1] / "o1/o1-8b-config.json")
 
 def info(rows: int, cols: int, text: int) -> SampleInfo:
     unlooked_at: dict[str, Any] = dict.fromkeys(SampleInfo.__dataclass_fields__)
-    return SampleInfo(**unlooked_at | {"rows": rows, "cols": cols, "text_tokens": [text], "references": []})
+    return SampleInfo(
+        **unlooked_at
+        | {"rows": rows, "cols": cols, "text_tokens": [text], "references": [], "empty_tokens": 0}
+    )
 
 
 INFOS = [info(32, 32, 160), info(40, 26, 90), info(32, 32, 200)]

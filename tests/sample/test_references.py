@@ -69,9 +69,9 @@ def test_an_edit_by_dev_is_plain_euler(tools: Tools) -> None:
 
 def test_what_the_tower_sees() -> None:
     assert [side_seen(n) for n in (1, 4, 5, 8, 9)] == [384, 384, 288, 288, 192]
-    assert size_seen(picture(96, 64, 0), 384) == (448, 288)
-    assert size_seen(picture(64, 64, 0), 384) == (384, 384)
-    assert size_seen(picture(1600, 32, 0), 192) == (1344, 32)  # never less than one token
+    assert size_seen((96, 64), 384) == (448, 288)
+    assert size_seen((64, 64), 384) == (384, 384)
+    assert size_seen((1600, 32), 192) == (1344, 32)  # never less than one token
 
 
 def test_references_that_cannot_be_taken(tools: Tools, tmp_path: Path) -> None:

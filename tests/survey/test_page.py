@@ -15,6 +15,7 @@ from hdl.survey.digest import Digest, Entry
 from hdl.survey.html import counts_between, nearest_shape
 from hdl.survey.page import page, write_survey_page
 from hdl.survey.survey import Facts, Survey
+from tests.browser import needs_browser, see
 from tests.data.image_folders import noise
 
 SHELF = Path(skimage.__file__).parent / "data"
@@ -269,3 +270,12 @@ def test_what_lies_on_a_bound_is_counted_above_it() -> None:
 )
 def test_shapes_have_common_names(width: int, height: int, shape: str) -> None:
     assert nearest_shape(width / height) == shape
+
+
+@needs_browser
+def test_a_browser_shows_every_image_and_has_nothing_to_say(html: str, tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_text(html, encoding="utf-8")
+    seen = see(tmp_path / "report.html", tmp_path)
+    assert seen.images == len(Page(html).images()) > 5
+    assert (seen.broken, seen.console) == ([], [])
+    assert seen.shown == seen.images and seen.text > 1000 and seen.wide <= 1200
