@@ -27,7 +27,7 @@ from hdl.engine.agreement import check_alike
 from hdl.engine.budget import advice, settled
 from hdl.engine.checkpoints import read_state
 from hdl.engine.ending import last_duties
-from hdl.engine.fast_path import FastPath, check_stream, may_fuse
+from hdl.engine.fast_path import FastPath, check_shard, check_stream, may_fuse
 from hdl.engine.faults import REQUEUE, Signals
 from hdl.engine.held_out import HeldOut
 from hdl.engine.processes import Processes
@@ -112,6 +112,7 @@ def train(run: Run, processes: Processes) -> int:
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):  # torchrun starts this job again, by itself
         run = run.model_copy(update={"resume": "auto"})
     check_alike(run, processes)
+    check_shard(run, processes)
     with Signals() as signals, Watch(processes, run.train.patience) as watch:
         return _train(run, processes, signals, watch)
 
@@ -189,7 +190,7 @@ class Loop:
         self.train_step = TrainStep(
             engine, processes,
             variant=VARIANTS[run.model.variant], flow=run.flow, seed=run.train.seed, dropout=run.lora.dropout,
-            dtype=dtype, fused=path.fused, ease=self._ease, concern=self._concern, tower=tower,
+            dtype=dtype, fused=path.fused, ease=self._ease, concern=self._concern, tower=tower, lockstep=path.lockstep,
         )  # fmt: skip
         self.taken: Taken | None = None
         self.start = Mark(processes.device)  # of the next step

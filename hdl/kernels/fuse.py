@@ -34,8 +34,10 @@ from hdl.kernels.scratch import Scratch
 from hdl.kernels.steps import StepGraphs
 from hdl.memory.cache import WeightCache
 from hdl.memory.host import Alone, Ranks, first_of_machine
+from hdl.memory.lockstep import Lockstep
 from hdl.memory.offload import Offload, carried
-from hdl.memory.streaming import Streaming, block_bytes, spread
+from hdl.memory.shares import ShareStore
+from hdl.memory.streaming import HostStore, Store, Streaming, block_bytes, spread
 from hdl.o1.config import O1Config
 from hdl.o1.decoder import O1, Decoder, DecoderLayer, RMSNorm
 from hdl.o1.layout import Layout
@@ -59,6 +61,7 @@ def fuse(
     keep: str | list[str] = "everything",
     stream: int = 0,
     offload: int = 0,
+    shard: int = 0,
     ranks: Ranks | None = None,
     cache: WeightCache | None = None,
 ) -> None:
@@ -68,14 +71,21 @@ def fuse(
     read and brought into it one by one. keep: a level of `hdl.kernels.layer.KEPT`, or one for each layer.
     stream: layers whose frozen weights stay in host memory (hdl/memory/streaming.py), shared by the `ranks` of a
     machine, who then all fuse together; None: a process alone. offload: layers whose kept things wait there between
-    forward and backward (hdl/memory/offload.py). cache: of this form, from which weights come instead, and where they
-    go if they are not there (hdl/memory/cache.py). ValueError when there are not that many layers, keep is none of
-    these, or the model `cannot_fuse`; HdlError when the host has not got the memory.
+    forward and backward (hdl/memory/offload.py). shard: layers whose frozen weights are shared out over the `ranks` of a
+    machine (hdl/memory/shares.py), who then take every pass together; not beside stream or offload. cache: of
+    this form, from which weights come instead, and where they go if they are not there (hdl/memory/cache.py).
+    ValueError when there are not that many layers, keep is none of these, or the model `cannot_fuse`; HdlError when
+    the host has not got the memory.
     """
     count = len(_decoder(adapted).layers)
-    packed, streamed = _packed(weights, stream, count)
-    if not 0 <= offload <= count:
-        raise ValueError(f"offload {offload}: expected 0 to {count}, the number of layers")
+    for name, layers in (("stream", stream), ("offload", offload), ("shard", shard)):
+        if not 0 <= layers <= count:
+            raise ValueError(f"{name} {layers}: expected 0 to {count}, the number of layers")
+    if shard and (stream or offload):
+        raise ValueError(
+            f"shard {shard} beside stream {stream} and offload {offload}: expected one or the other"
+        )
+    packed, streamed = _packed(weights, stream or shard, count)
     if cache:
         # A streamed layer is brought in by one rank of a machine, which it is for that rank to write.
         first = first_of_machine(ranks or Alone())
@@ -83,7 +93,7 @@ def fuse(
         cache.attach([frozen_linears(layer) for layer in _layers(adapted)], writes)
     fused = fuse_with(adapted, packed, keep)
     if streamed:
-        fused.stream(streamed, ranks)
+        fused.stream(streamed, ranks, ShareStore if shard else HostStore)
     if offload:
         fused.offload_from(carried(offload, count))
 
@@ -189,6 +199,12 @@ def fused_decoder(model: O1 | PeftModel) -> "FusedDecoder | None":
     return fused if isinstance(fused, FusedDecoder) else None
 
 
+def lockstep_of(adapted: PeftModel) -> Lockstep:
+    """With which a model's training passes are taken; of a plain model, or one whose ranks are independent, nothing."""
+    fused = fused_decoder(adapted)
+    return fused.lockstep if fused else Lockstep()
+
+
 def keep_less(adapted: PeftModel) -> bool:
     """Let every layer of a fused model keep one level less from now on; False if all keep their input alone.
 
@@ -244,6 +260,7 @@ class FusedDecoder:
         self.graphs: Graphs | None = None  # of training passes
         self.step_graphs: StepGraphs | None = None  # of drawing
         self.streaming = Streaming()
+        self.lockstep = Lockstep()
         self.offload = Offload()
         self.offloaded: list[int] = []  # layers
         self._last_run: tuple[Layout, Run] | None = None
@@ -255,10 +272,14 @@ class FusedDecoder:
         linears = [linear for fused in self.layers for linear in fused.linears]
         self.copies = AdapterCopies(linears)
 
-    def stream(self, layers: list[int], ranks: Ranks | None) -> None:
-        """Bring the weights of these layers, of STREAMED linears, into host memory, and fetch them from there."""
+    def stream(self, layers: list[int], ranks: Ranks | None, store: Callable[..., Store] = HostStore) -> None:
+        """Bring the weights of these layers, of STREAMED linears, into the store, and fetch them from there."""
         linears = [cast(list[RestoredLinear], self.layers[i].linears) for i in layers]
-        self.streaming = Streaming(linears, ranks)
+        self.streaming = Streaming(linears, ranks, store)
+        if self.streaming.together:
+            self.lockstep = Lockstep(self.streaming, ranks)
+            # What is said of a gradient is said before anybody else sees it.
+            self.shared.flat.register_hook(lambda _: self.lockstep.through("backward"))
         for j, i in enumerate(layers):
             self.layers[i].visit = self.streaming.visits(j)
 
@@ -284,6 +305,9 @@ class FusedDecoder:
         try:
             return run()
         except torch.OutOfMemoryError:
+            # A pass that others take part in cannot be taken again without their knowing (hdl/memory/lockstep.py).
+            if self.streaming.together:
+                raise
             dropped = [graphs.drop() for graphs in (self.graphs, self.step_graphs) if graphs]
             if not any(dropped):
                 raise

@@ -105,7 +105,9 @@ class Work:
 class Strategy:
     """weights: of FORMS; keep: a level for each layer; optimizer: of OPTIMIZERS; world: GPUs that share the
     optimizer's state (ZeRO 1 and 2); master: whether it steps a float32 copy of the adapter; stream: layers whose
-    weights are in host memory (hdl/memory/streaming.py); offload: layers whose activations wait there."""
+    weights are in host memory (hdl/memory/streaming.py); offload: layers whose activations wait there; shard: layers
+    whose weights are shared out over the GPUs of a machine (hdl/memory/shares.py), `neighbours` of them, in place
+    of stream."""
 
     weights: str
     keep: tuple[str, ...]
@@ -114,6 +116,13 @@ class Strategy:
     master: bool = True
     stream: int = 0
     offload: int = 0
+    shard: int = 0
+    neighbours: int = 1
+
+    @property
+    def moving(self) -> int:
+        """Layers whose weights come and go."""
+        return self.stream + self.shard
 
 
 @dataclass(frozen=True)
@@ -297,7 +306,7 @@ def step_ms(config: O1Config, rank: int, work: Work, strategy: Strategy, gpu: Gp
     down = 3 * m + 2 * m + 8 * d + 3 * p["qkv"].n + inputs + 2 * gradients
     if strategy.weights != "full":  # e4m3 copies, one byte a number
         up, down = up + (inputs - d) // 2, down + gradients // 2
-    apart = strategy.stream if strategy.weights != "nf4" else config.num_hidden_layers
+    apart = strategy.moving if strategy.weights != "nf4" else config.num_hidden_layers
 
     def passed(columns: int) -> float:
         return 1e3 * columns * B16 * s / (gpu.memory * 1e12)
@@ -308,7 +317,7 @@ def step_ms(config: O1Config, rank: int, work: Work, strategy: Strategy, gpu: Gp
             where: sum(_product_ms(pack, s, strategy.weights, gpu, back, where) for pack in p.values())
             for where in (False, True)
         }
-        streamed = strategy.stream
+        streamed = strategy.moving
         return (
             (config.num_hidden_layers - streamed) * of[False]
             + streamed * of[True]
@@ -369,7 +378,7 @@ def working_bytes(config: O1Config, rank: int, work: Work, level: str, weights: 
 
 def need(config: O1Config, rank: int, work: Work, strategy: Strategy) -> Need:
     s, d, layers = work.tokens, config.hidden_size, config.num_hidden_layers
-    linears = weights_bytes(config, rank, strategy.weights, strategy.stream)
+    linears = weights_bytes(config, rank, strategy.weights, strategy.moving)
     ends = PATCH_DIM * d // 4 + d // 4 * d + 256 * d + d * d + d * PATCH_DIM + layers * 2 * d
     trained = adapter_numbers(config, rank)
     stepped = OPTIMIZERS[strategy.optimizer] + (F32 if strategy.master else 0)
@@ -384,8 +393,12 @@ def need(config: O1Config, rank: int, work: Work, strategy: Strategy) -> Need:
     of = {level: working_bytes(config, rank, work, level, strategy.weights) for level in set(strategy.keep)}
     held, busiest = held_bytes(sizes, strategy.offload, [of[level] for level in strategy.keep])
     block = sum(block_bytes(pack, strategy.weights) for pack in packs(config, rank).values())
+    shares = strategy.shard * block // strategy.neighbours
     return Need(
-        weights=linears + ends * B16 + scratch_bytes(config, rank, strategy.weights, strategy.stream),
+        weights=linears
+        + shares
+        + ends * B16
+        + scratch_bytes(config, rank, strategy.weights, strategy.moving),
         adapter=adapter,
         activations=int((held + 3 * s * d * B16) * (1 + FRAGMENTS)),
         workspace=int(busiest - held + max(head, optimizer) + CONTEXT),
