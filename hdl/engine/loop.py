@@ -33,11 +33,12 @@ from hdl.engine.held_out import HeldOut
 from hdl.engine.processes import Processes
 from hdl.engine.run_folder import Found, RunFolder
 from hdl.engine.saving import Saver, restore
-from hdl.engine.sharding import check_optimizer, read_strategy, shard, shares
+from hdl.engine.sharding import check_optimizer, is_zero3, read_strategy, settings_of, shard, shares
 from hdl.engine.skipping import Skipping, described, drop_gradient, holds_back, keep_to_schedule
 from hdl.engine.step import Measured, TrainStep
 from hdl.engine.validation import Validation, save_picture
 from hdl.engine.watch import Watch
+from hdl.engine.zero3 import load_partitioned
 from hdl.errors import HdlError
 from hdl.flow.noise import VARIANTS
 from hdl.flow.sigma import draw_sigmas
@@ -127,7 +128,11 @@ def _train(run: Run, processes: Processes, signals: Signals, watch: Watch) -> in
     run = prepared.run
     found: Found = processes.gather(prepared.found)[0]
     dtype = _dtype(run, processes)
-    model = load_model(prepared.checkpoint, processes.device, dtype, absent=prepared.fuses)
+    if is_zero3(run.train):
+        settings = settings_of(run.train, dtype, processes.world)
+        model = load_partitioned(prepared.checkpoint, processes.device, dtype, settings)
+    else:
+        model = load_model(prepared.checkpoint, processes.device, dtype, absent=prepared.fuses)
     tower = VisualTower(prepared.checkpoint, processes.device, dtype) if prepared.mixture.pairs else None
     adapted = attach(model, run.lora, str(run.model.base), run.train.seed)
     state = read_state(found.newest) if found.newest else {"step": 0, "skipped": 0}
