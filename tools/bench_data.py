@@ -10,6 +10,7 @@ and by the processor time spent; the latter holds on a machine that others use, 
 """
 
 import argparse
+import importlib
 import inspect
 import json
 import os
@@ -18,19 +19,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hdl.bench import loading, prepare_speed, streaming_data
 from hdl.errors import HdlError, command_line
 
-WHATS: dict[str, tuple[Callable[..., dict[str, Any]], dict[str, Any]]] = {
-    # what: its measurement, and its arguments with --tiny
-    "prepare": (prepare_speed.measure, {"images": 4, "width": 640, "height": 480, "area": 256, "workers": 0}),
-    "index": (prepare_speed.measure_many, {"images": 200, "workers": 0}),
+# Nothing heavy is imported here: the processes that decode import this file, as they do what starts a real run.
+WHATS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    # what: the module and name of its measurement, and its arguments with --tiny
+    "prepare": (
+        "prepare_speed",
+        "measure",
+        {"images": 4, "width": 640, "height": 480, "area": 256, "workers": 0},
+    ),
+    "index": ("prepare_speed", "measure_many", {"images": 200, "workers": 0}),
     "loader": (
-        loading.measure,
+        "loading",
+        "measure",
         {"pictures": 4, "side": 256, "area": 128, "images": 16, "steps": 4, "step_seconds": 0.02},
     ),
     "stream": (
-        streaming_data.measure,
+        "streaming_data",
+        "measure",
         {"shards": 12, "samples": 3, "side": 2, "rate": None, "window": 3, "cached_shards": 8, "stall": 0.3},
     ),
 }
@@ -47,11 +54,12 @@ OPTIONS: dict[str, tuple[type, str]] = {
 
 def main() -> None:
     args = arguments()
-    measure, tiny = WHATS[args.what]
-    given = tiny if args.tiny else {}
-    given = given | options_of(args.what, {name: getattr(args, name) for name in OPTIONS})
     if args.json and not args.json.resolve().parent.is_dir():
         raise HdlError(f"--json {args.json}: no folder {args.json.parent}")
+    module, name, tiny = WHATS[args.what]
+    measure = getattr(importlib.import_module(f"hdl.bench.{module}"), name)
+    said = {option: getattr(args, option) for option in OPTIONS}
+    given = (tiny if args.tiny else {}) | options_of(args.what, measure, said)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         found = measure(Path(folder) / "bench", **given)
     about = {"what": args.what, "cores": len(os.sched_getaffinity(0)), "load": round(os.getloadavg()[0], 1)}
@@ -60,9 +68,9 @@ def main() -> None:
         args.json.write_text(json.dumps(about | found, indent=1) + "\n", encoding="utf-8")
 
 
-def options_of(what: str, said: dict[str, Any]) -> dict[str, Any]:
+def options_of(what: str, measure: Callable[..., object], said: dict[str, Any]) -> dict[str, Any]:
     """What was said of a measurement's arguments; HdlError where it has no such one."""
-    known = inspect.signature(WHATS[what][0]).parameters
+    known = inspect.signature(measure).parameters
     given = {name: value for name, value in said.items() if value is not None}
     for name, value in given.items():
         if name not in known:

@@ -144,7 +144,8 @@ def _orientation(image: Image.Image) -> int:
 def upright_rgb(image: Image.Image) -> Image.Image:
     """Decode an opened image: upright, 8-bit sRGB."""
     image.load()
-    return to_rgb(ImageOps.exif_transpose(image))
+    ImageOps.exif_transpose(image, in_place=True)  # a copy of 12 megapixels takes 10 ms
+    return to_rgb(image)
 
 
 def check_size(image: Image.Image) -> None:
@@ -165,7 +166,8 @@ def first_frame_note(image: Image.Image) -> str | None:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode -> RGB: 16 bits to 8, transparency over white, colours to sRGB."""
+    """Any Pillow mode -> RGB: 16 bits to 8, transparency over white, colours to sRGB. An image that is so already is
+    returned itself."""
     profile = image.info.get("icc_profile")
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = grey_to_8_bit(image)
@@ -178,7 +180,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGB")
     if profile:
         image = to_srgb(image, profile)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def grey_to_8_bit(image: Image.Image) -> Image.Image:
