@@ -259,6 +259,10 @@ class Save(Section):
     """Checkpoints to keep: so many of the newest; unset: all."""
     keep_every: int | None = Field(None, ge=1)
     """Beside keep_last, checkpoints at multiples of so many steps stay."""
+    trigger: str | None = None
+    """The phrase that the captions begin with, for whoever opens the adapter's file."""
+    license: str | None = None
+    """Of the adapter, likewise."""
 
     @model_validator(mode="after")
     def _keeps(self) -> "Save":

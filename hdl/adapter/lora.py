@@ -60,11 +60,15 @@ def save_adapter(
     metadata: what else the file is to say of itself, from hdl.adapter.metadata.describe; rank and alpha are added.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    config = _config_of(model)
-    about = {**(metadata or {}), **sizes([config.r], [config.lora_alpha]), "format": "pt"}
     named = {stored: weights[name] for name, stored in stored_names(model).items()}
-    write_tensors(folder / WEIGHTS_FILE, named, about)
+    write_tensors(folder / WEIGHTS_FILE, named, {**(metadata or {}), **sizes_of(model)})
     (folder / CONFIG_FILE).write_text(adapter_config(model), encoding="utf-8")
+
+
+def sizes_of(model: PeftModel) -> dict[str, str]:
+    """What the adapter's file says of its form: rank and alpha, and whose tensors they are."""
+    config = _config_of(model)
+    return {**sizes([config.r], [config.lora_alpha]), "format": "pt"}
 
 
 def stored_names(model: PeftModel) -> dict[str, str]:

@@ -25,10 +25,10 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from hdl.adapter.lora import CONFIG_FILE, WEIGHTS_FILE
+from hdl.adapter.tensor_files import write_tensors
 from hdl.errors import HdlError
 
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -110,16 +110,21 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def write_checkpoint(
-    folder: Path, step: int, *, texts: Mapping[str, str], tensors: Mapping[str, Mapping[str, Tensor]]
+    folder: Path,
+    step: int,
+    *,
+    texts: Mapping[str, str],
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    about: Mapping[str, dict[str, str]] | None = None,
 ) -> Path:
-    """Make folder/step-NNNNNN of files by name. OSError or SafetensorError when it cannot be written; what was
+    """Make folder/step-NNNNNN of files by name; about: what those of tensors say of themselves. OSError or SafetensorError when it cannot be written; what was
     there before, one of the same step included, is not touched then."""
     final = path_of(folder, step)
     partial = folder / f".{final.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     for name, named in tensors.items():
-        save_file({n: t.contiguous() for n, t in named.items()}, partial / name)
+        write_tensors(partial / name, named, (about or {}).get(name, {}))
     for name, text in texts.items():
         (partial / name).write_text(text)
     listed = {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in sorted(partial.iterdir())}

@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hdl.adapter.flat import in_flat
-from hdl.adapter.lora import CONFIG_FILE, WEIGHTS_FILE, adapter_config, stored_names
+from hdl.adapter.lora import CONFIG_FILE, WEIGHTS_FILE, adapter_config, sizes_of, stored_names
+from hdl.adapter.metadata import describe
 from hdl.config import Save
 from hdl.engine.checkpoints import (
     OPTIMIZER_FILE,
@@ -59,7 +60,7 @@ class Saver:
         self._begun = step_of(found.newest) if found.newest else None  # the last step that was saved
         self._problem: HdlError | None = None
         if processes.is_main:
-            self._stored = stored_names(engine.module)
+            self._stored, self._sizes = stored_names(engine.module), sizes_of(engine.module)
             self._texts = {RUN_FILE: folder.config.read_text(), CONFIG_FILE: adapter_config(engine.module)}
 
     def path(self, step: int) -> Path:
@@ -126,6 +127,15 @@ class Saver:
                 f"{folder} could not be written ({error}); the adapter is also in {self.newest}"
             ) from None
 
+    def _about(self, step: int) -> dict[str, str]:
+        """What the adapter's file says of itself; nothing that differs between runs of the same config."""
+        given = self.settings
+        metadata = describe(
+            title=given.trigger or "LoRA", base=self.trained_on["base"], dataset=self.trained_on["data"], steps=step,
+            trigger=given.trigger, license=given.license,
+        )  # fmt: skip
+        return metadata | self._sizes
+
     def _write(
         self, mark: Mark, step: int, described: dict[str, Any], say: Callable[[str], None] | None
     ) -> Path:
@@ -139,6 +149,7 @@ class Saver:
                 WEIGHTS_FILE: {stored: weights[name] for name, stored in self._stored.items()},
                 OPTIMIZER_FILE: named_moments(self.state),
             },
+            about={WEIGHTS_FILE: self._about(step)},
         )
         self.damaged.discard(path)  # it has been replaced
         gone = prune(

@@ -104,7 +104,7 @@ def cut(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
             os, "fsync", lambda descriptor: None
         )  # which takes its time, and is counted all the same
         for owner, name in [
-            (module, "save_file"), (Path, "write_text"), (Path, "mkdir"), (Path, "rename"), (os, "fsync"),
+            (module, "write_tensors"), (Path, "write_text"), (Path, "mkdir"), (Path, "rename"), (os, "fsync"),
             (shutil, "rmtree"), (os, "unlink"),
         ]:  # fmt: skip
             patched.setattr(owner, name, counted(getattr(owner, name)))

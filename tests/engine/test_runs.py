@@ -1,5 +1,6 @@
 """Whole runs: the same numbers however they are spread, and nothing lost in between."""
 
+import json
 import math
 from pathlib import Path
 
@@ -7,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
+from hdl.adapter.metadata import BASE, DATASET, LICENSE, RANK, STEPS, TITLE, TRIGGER
 from hdl.sample.draw import draw_prompts
 from hdl.sample.generate import SamplerSettings
 from tests.engine.conftest import Finished, Launch
@@ -45,6 +48,8 @@ PICTURES = {
     "validation__height": 64,
     "validation__width": 32,
     "validation__steps": 3,
+    "save__trigger": "kotonia style",
+    "save__license": "CC0-1.0",
 }
 
 
@@ -69,6 +74,12 @@ def test_a_run_leaves_everything_it_promises(launch: Launch, alone: list[Finishe
     pictures = sorted((run.output / "pictures").iterdir())
     assert [p.name for p in pictures] == ["step-000000.png", "step-000002.png", "step-000004.png"]
     assert "loss" in run.printed and "images/s" in run.printed
+    with safe_open(run.output / "adapter" / "adapter_model.safetensors", framework="pt") as file:
+        about = file.metadata()
+    trained_on = json.loads((run.output / "checkpoints/step-000004/trainer_state.json").read_text())
+    expected = {TRIGGER: "kotonia style", LICENSE: "CC0-1.0", STEPS: "4", RANK: "4", TITLE: "kotonia style"}
+    expected |= {BASE: trained_on["base"], DATASET: trained_on["data"]}
+    assert {name: about[name] for name in expected} == expected
 
     def halves(path: Path) -> tuple[bytes, bytes]:  # of the first row of the grid
         sheet = Image.open(path)
