@@ -52,6 +52,9 @@ class Model(Section):
     stream: int = Field(0, ge=0)
     """Decoder layers whose frozen weights stay in host memory, once a machine, and come to the GPU when needed;
     two of them are always there, so that n streamed layers save the memory of n - 2. Any form of weights."""
+    shard: int = Field(0, ge=0)
+    """Decoder layers whose frozen weights are shared out over the GPUs of a machine, an equal part on each, and brought
+    together when needed; two are always whole, so that n sharded layers on g GPUs save the memory of n - 2 - n/g."""
     cache: Path | None = None
     """Folder where the decoder's e4m3 or nf4 weights are kept as they were made from the base, once for every base
     and form: the first start writes them, the next ones read them instead of the base's."""
@@ -71,6 +74,15 @@ class Model(Section):
     def _does_something(self) -> "Model":
         if 0 < self.offload < 3:
             raise ValueError(f"offload {self.offload}: two layers always stay; offload 0 or at least 3")
+        if self.shard and (self.stream or self.offload):
+            other = "stream" if self.stream else "offload"
+            raise ValueError(
+                f"shard {self.shard} and {other} {getattr(self, other)} cannot be combined; leave one of them out"
+            )
+        if self.shard and self.memory == "auto":
+            raise ValueError(
+                f"memory auto plans for one GPU, without shard {self.shard}; use memory set with it"
+            )
         if self.cache and self.random_init:
             raise ValueError(
                 "cache keeps what was made from a base's weights, and random_init draws its own each time; leave "

@@ -1,4 +1,4 @@
-"""Whether the fused and the fp8 path learn what the plain one learns: tools/learning.py OUT [--seeds N]
+"""Whether the fused path, with fp8 and nf4 weights too, learns what the plain one learns: tools/learning.py OUT
 
 Trains style LoRAs on the small O1, for each path and seed, and prints the x0 error on pictures that no run
 saw, and how far each path's loss curve is from the plain one's with the same seed.
@@ -22,7 +22,8 @@ def main() -> None:
         "--paths",
         nargs="+",
         default=["plain", "regrouped", "fused", "fp8"],
-        help="any of plain, regrouped (plain, with sums in another order), fused, fp8 (default: all)",
+        help="any of plain, regrouped (plain, with sums in another order), fused, fp8, and on a GPU nf4 "
+        "(default: all but that)",
     )
     parser.add_argument("--seeds", type=int, default=3, help="runs of each path (default 3)")
     parser.add_argument("--steps", type=int, default=500, help="of each run (default 500)")

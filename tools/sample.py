@@ -6,6 +6,7 @@ pictures, each with what it was drawn from in its metadata.
 
 import argparse
 from pathlib import Path
+from typing import get_args
 
 import torch
 
@@ -14,6 +15,7 @@ from hdl.errors import HdlError, command_line
 from hdl.sample.album import Album, columns_of
 from hdl.sample.draw import Studio
 from hdl.sample.generate import SamplerSettings
+from hdl.sample.path import Kernels, PathOptions, Weights
 from hdl.sample.sizes import parse_size
 
 
@@ -30,13 +32,15 @@ def main() -> None:
     settings = SamplerSettings(args.variant, args.steps, args.guidance_scale, args.shift)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     paths = {name: lora.path for name, lora in named.items()}
-    studio = Studio(args.base, device, config_from=args.config_from, adapters=paths)
+    options = PathOptions(args.weights, args.stream, args.kernels)
+    studio = Studio(args.base, device, config_from=args.config_from, adapters=paths, options=options)
     for notice in studio.notices:
         print(f"note: {notice}")
     drawings = studio.draw(album.wanted, settings, args.together)
     about = {
         "base": studio.checkpoint.fingerprint(),
         "loras": {name: str(path) for name, path in paths.items()},
+        "weights": studio.path.weights,
     }
     album.save(drawings, settings, about)
     print(f"{len(drawings)} pictures and grid.png in {args.out}")
@@ -86,6 +90,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of each prompt's first picture")
     parser.add_argument("--seeds", type=int, default=1, help="pictures a prompt, seed after seed")
     parser.add_argument("--together", type=int, default=1, help="pictures drawn in one packed run")
+    parser.add_argument(
+        "--weights", choices=get_args(Weights), default="full",
+        help="form of the decoder's weights: full 16 bits a number on a GPU, fp8 8 (Ada and newer multiply in it), nf4 4",
+    )  # fmt: skip
+    parser.add_argument(
+        "--stream", type=int, default=0, metavar="N",
+        help="decoder layers whose weights stay in host memory and come to the GPU when needed; saves the memory of N - 2",
+    )  # fmt: skip
+    parser.add_argument(
+        "--kernels", choices=get_args(Kernels), default="auto",
+        help="fused, or the plain modules; auto: fused on a GPU, and for fp8",
+    )  # fmt: skip
     return parser.parse_args()
 
 

@@ -7,8 +7,8 @@ for byte. Two forms:
   with the decoder's linears in e4m3 with one float32 scale a matrix, as ComfyUI's scaled fp8 names it:
   `<linear>.weight` = round(W / scale), `<linear>.scale_weight` = max|W| / 448, and an empty marker `scaled_fp8`. Its
   two elements ask for products in full precision, as there are no scales for what comes in (comfy/utils.py,
-  `convert_old_quants`). hdl draws and trains from the bfloat16 forms; it does not open an e4m3 file (it makes its own
-  e4m3 from bfloat16: model.weights).
+  `convert_old_quants`). hdl opens it as it opens the others (hdl/o1/checkpoint.py), as a base to merge into too; but
+  its own e4m3, with a scale a row (model.weights), is made nearer to the model from the bfloat16 forms.
 
 What was written is read again: a sample of the merged linears is compared with base + sum, computed anew in float64.
 """
@@ -136,7 +136,7 @@ def _write(job: Job, file: Path, keys: dict[str, str]) -> None:
             )
             scale = f"{key.removesuffix('weight')}scale_weight"
             plan[scale] = Planned(Kind("F32", (), 4), partial(_put_scale, job, name))
-        elif name in job.merged:
+        elif name in job.merged or entry.scale:  # a scale is not written beside what is copied
             plan[key] = Planned(
                 Kind("BF16", entry.shape, 2 * place.kind.elements), partial(_put_bfloat16, job, name)
             )

@@ -36,6 +36,7 @@ PATHS = {
     "regrouped": ["--model.kernels", "plain"],
     "fused": ["--model.kernels", "fused"],
     "fp8": ["--model.kernels", "fused", "--model.weights", "fp8"],
+    "nf4": ["--model.kernels", "fused", "--model.weights", "nf4"],
 }
 SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 HELD_OUT_SEED = 1000

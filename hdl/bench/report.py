@@ -1,11 +1,11 @@
 """What was measured, as Markdown that reads well in a terminal, and as plain data for JSON."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from hdl.bench.arms import STOCK
-from hdl.bench.profile import FAMILIES
+from hdl.bench.profile import FAMILIES, Profile
 from hdl.bench.run import CaseResult
 from hdl.bench.timing import Measured
 
@@ -77,11 +77,11 @@ def _case(result: CaseResult, results: Sequence[CaseResult]) -> str:
         lines.append(f"{ALONE} {', '.join(result.alone)}")
     if result.case.name == MIXED and STOCK in result.arms:
         lines.append(STOCK_MIXED)
-    lines += ["", _table([HEAD, *(_row(name, m, result) for name, m in result.arms.items())])]
+    lines += ["", table([HEAD, *(_row(name, m, result) for name, m in result.arms.items())])]
     if result.case.name == MIXED:
         lines += _share_of_full_rate(result, results)
     if result.profiles:
-        lines += ["", _profiles(result)]
+        lines += ["", profile_tables(result.profiles, {name: m.step_time for name, m in result.arms.items()})]
     return "\n".join(lines)
 
 
@@ -108,26 +108,27 @@ def _share_of_full_rate(result: CaseResult, results: Sequence[CaseResult]) -> li
     return ["", f"tokens/s as a share of {FULL_RATE}'s: {', '.join(shares)}"] if shares else []
 
 
-def _profiles(result: CaseResult) -> str:
-    """Families, idle and span in ms a step, then each arm's longest kernels and gaps."""
-    profiles = result.profiles
+def profile_tables(profiles: Mapping[str, Profile], step_times: Mapping[str, float]) -> str:
+    """Families, idle and span in ms a step, then each arm's longest kernels and gaps. step_times: seconds, of steps
+    that were not profiled."""
     rows: list[tuple[str, ...]] = [("ms a step", *FAMILIES, "idle", "span", "idle share", "unprofiled")]
     for name, p in profiles.items():
         times = (*(p.families[family] for family in FAMILIES), p.idle, p.span)
-        idle = max(0.0, 1 - (p.span - p.idle) / 1e3 / result.arms[name].step_time)
+        idle = max(0.0, 1 - (p.span - p.idle) / 1e3 / step_times[name])
         rows.append((name, *(f"{time:.2f}" for time in times), f"{p.idle / p.span:.1%}", f"{idle:.1%}"))
-    parts = [_table(rows)]
+    parts = [table(rows)]
     for name, p in profiles.items():
         longest: list[tuple[str, ...]] = [("ms", "launches", "family", f"kernel of {name}")]
         longest += [(f"{ms:.2f}", f"{n:.0f}", family, kernel[:80]) for family, kernel, n, ms in p.kernels]
-        parts.append(_table(longest))
+        parts.append(table(longest))
         gaps: list[tuple[str, ...]] = [("idle ms", "times", f"after, in {name}", "before")]
         gaps += [(f"{ms:.2f}", f"{n:.0f}", before[:50], after[:50]) for before, after, n, ms in p.gaps]
-        parts.append(_table(gaps))
+        parts.append(table(gaps))
     return "\n\n".join(parts)
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, the first row its head."""
     rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]

@@ -53,10 +53,11 @@ class StockDecoder(Qwen3VLTextModel):
 
 
 def stock_model(
-    checkpoint: Checkpoint, config_file: Path, lora: Lora, seed: int, device: torch.device, dtype: torch.dtype
-) -> PeftModel:
+    checkpoint: Checkpoint, config_file: Path, lora: Lora, seed: int, device: torch.device, dtype: torch.dtype,
+    *, recompute: bool = True,
+) -> PeftModel:  # fmt: skip
     """O1 with the stock decoder and a fresh adapter; called as `hdl.o1.decoder.O1` is, with samples of one
-    shape. config_file: the checkpoint's config.json."""
+    shape. config_file: the checkpoint's config.json. recompute: checkpoint every layer, for training."""
     AttentionInterface.register(TWO_PASS, two_pass_attention)
     text_config = json.loads(config_file.read_text(encoding="utf-8"))["text_config"]
     config = Qwen3VLTextConfig(**text_config | {"use_cache": False})
@@ -70,7 +71,8 @@ def stock_model(
     names = [name for name, _ in model.named_parameters()]
     model.load_state_dict(dict(checkpoint.read_all(names, device, dtype)), assign=True)
     model.requires_grad_(False)
-    recompute_every_layer(model)
+    if recompute:
+        recompute_every_layer(model)
     adapter = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets)  # type: ignore[arg-type]
     with seeded(derive_seed(seed, "lora")):
         return get_peft_model(model, adapter, autocast_adapter_dtype=False)  # type: ignore[arg-type]

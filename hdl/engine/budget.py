@@ -160,7 +160,10 @@ def strategy_of(run: Run, config: O1Config, world: int) -> Strategy:
     levels = (keep,) * layers if isinstance(keep, str) else tuple(keep)
     master = run.train.master == "float32"
     model = run.model
-    return Strategy(model.weights, levels, run.train.optimizer, world, master, model.stream, model.offload)
+    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return Strategy(
+        model.weights, levels, run.train.optimizer, world, master, model.stream, model.offload, model.shard, neighbours
+    )  # fmt: skip
 
 
 def _fastest(run: Run, config: O1Config, work: Work, world: int, budget: Budget) -> Run:
@@ -175,7 +178,7 @@ def _fastest(run: Run, config: O1Config, work: Work, world: int, budget: Budget)
         if best.strategy:
             levels = best.strategy.keep
             keep = levels[0] if len(set(levels)) == 1 else list(levels)
-            chosen = {"stream": best.strategy.stream, "offload": best.strategy.offload}
+            chosen = {"stream": best.strategy.stream, "offload": best.strategy.offload, "shard": 0}
             model = run.model.model_copy(update={"weights": best.weights, "keep": keep, **chosen})
             train = run.train.model_copy(update={"optimizer": optimizer})
             return run.model_copy(update={"model": model, "train": train})
@@ -191,9 +194,10 @@ def _described(run: Run) -> str:
     keep = run.model.keep
     levels = keep if isinstance(keep, str) else mix(keep)
     streamed = f"model.stream {run.model.stream}, " if run.model.stream else ""
+    sharded = f"model.shard {run.model.shard}, " if run.model.shard else ""
     offloaded = f"model.offload {run.model.offload}, " if run.model.offload else ""
     return (
-        f"model.weights {run.model.weights}, {streamed}model.keep {levels}, {offloaded}train.optimizer "
+        f"model.weights {run.model.weights}, {streamed}{sharded}model.keep {levels}, {offloaded}train.optimizer "
         f"{run.train.optimizer}"
     )
 

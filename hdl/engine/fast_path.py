@@ -10,10 +10,19 @@ from hdl.config import Run
 from hdl.engine.processes import Processes
 from hdl.engine.sharding import read_strategy
 from hdl.errors import HdlError
-from hdl.kernels.fuse import cannot_fuse, flatten, fuse, keep_less, streamed_bytes, supports_fp8
+from hdl.kernels.fuse import (
+    cannot_fuse,
+    flatten,
+    fuse,
+    keep_less,
+    lockstep_of,
+    streamed_bytes,
+    supports_fp8,
+)
 from hdl.memory.absent import bring_in
 from hdl.memory.cache import FORMS, WeightCache, made_with
-from hdl.memory.host import GIB, available
+from hdl.memory.host import GIB, available, machines
+from hdl.memory.lockstep import Lockstep
 from hdl.memory.recompute import recompute_every_layer
 from hdl.o1.checkpoint import open_checkpoint
 from hdl.o1.config import O1Config
@@ -59,6 +68,10 @@ def check_layers(run: Run, config: O1Config) -> None:
         raise HdlError(
             f"model.offload {run.model.offload}: the model has {layers} layers; offload at most that many"
         )
+    if run.model.shard > layers:
+        raise HdlError(
+            f"model.shard {run.model.shard}: the model has {layers} layers; shard at most that many"
+        )
     if not isinstance(keep, str) and len(keep) != layers:
         raise HdlError(f"model.keep has {len(keep)} words, the model {layers} layers; give one word for each")
 
@@ -76,6 +89,16 @@ def check_stream(run: Run, config: O1Config, dtype: torch.dtype) -> None:
             f"model.stream {stream} keeps {needed / GIB:.1f} GiB of weights in host memory, of which {found / GIB:.1f} "
             f"GiB are available ({where}); stream at most {int(stream * found / needed)} layers, or use a "
             "smaller form (model.weights)"
+        )
+
+
+def check_shard(run: Run, processes: Processes) -> None:
+    """HdlError on every rank when weights are to be shared out and a machine has one process to hold them."""
+    if run.model.shard and any(len(members) == 1 for members in machines(processes)[0]):
+        raise HdlError(
+            f"model.shard {run.model.shard} shares weights out over the processes of a machine, and a machine of this "
+            "run has one; start several on each (torchrun --nproc_per_node, one a GPU), or leave it out",
+            on_all_ranks=True,
         )
 
 
@@ -120,7 +143,7 @@ class FastPath:
             cache = self._cache()
             fuse(
                 self.model, weights=self.weights, keep=levels, stream=stream, offload=self.settings.offload,
-                ranks=self.processes, cache=cache,
+                shard=self.settings.shard, ranks=self.processes, cache=cache,
             )  # fmt: skip
             if cache and self.processes.is_main:
                 print(
@@ -139,6 +162,10 @@ class FastPath:
             self.settings.cache, form, f"{base} {made_with(form, dtype, self.processes.device)}"
         )
 
+    @property
+    def lockstep(self) -> Lockstep:
+        return lockstep_of(self.model)
+
     def ease(self) -> bool:
         """Recompute more from now on; False where there is nothing more to recompute."""
         return self.fused and keep_less(self.model)
@@ -150,6 +177,7 @@ def _refuse_plain(run: Run, reason: str) -> None:
         ("weights", run.model.weights, "full"),
         ("stream", run.model.stream, 0),
         ("offload", run.model.offload, 0),
+        ("shard", run.model.shard, 0),
     ):
         if found != without:
             raise HdlError(

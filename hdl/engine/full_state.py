@@ -18,7 +18,7 @@ from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
 from hdl.adapter.flat import by_name, trained_parameters
-from hdl.engine.partitions import MOMENTS, create_states, flat_partitions, is_zero3, states, under_adams_names
+from hdl.engine.partitions import MOMENTS, flat_partitions, is_zero3, states, under_adams_names
 from hdl.errors import HdlError
 from hdl.transfer import Mark
 
@@ -90,8 +90,6 @@ class FullState:
 
         What was held before is overwritten.
         """
-        if not all(states(self.engine)):  # before the first step
-            create_states(self.engine)
         with under_adams_names(self.engine):
             for kind in KINDS:
                 for group, flat in enumerate(flat_partitions(self.engine)):

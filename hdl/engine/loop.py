@@ -27,17 +27,18 @@ from hdl.engine.agreement import check_alike
 from hdl.engine.budget import advice, settled
 from hdl.engine.checkpoints import read_state
 from hdl.engine.ending import last_duties
-from hdl.engine.fast_path import FastPath, check_stream, may_fuse
+from hdl.engine.fast_path import FastPath, check_shard, check_stream, may_fuse
 from hdl.engine.faults import REQUEUE, Signals
 from hdl.engine.held_out import HeldOut
 from hdl.engine.processes import Processes
 from hdl.engine.run_folder import Found, RunFolder
 from hdl.engine.saving import Saver, restore
-from hdl.engine.sharding import check_optimizer, read_strategy, shard, shares
+from hdl.engine.sharding import check_optimizer, is_zero3, read_strategy, settings_of, shard, shares
 from hdl.engine.skipping import Skipping, described, drop_gradient, holds_back, keep_to_schedule
 from hdl.engine.step import Measured, TrainStep
 from hdl.engine.validation import Validation, save_picture
 from hdl.engine.watch import Watch
+from hdl.engine.zero3 import load_partitioned
 from hdl.errors import HdlError
 from hdl.flow.noise import VARIANTS
 from hdl.flow.sigma import draw_sigmas
@@ -112,6 +113,7 @@ def train(run: Run, processes: Processes) -> int:
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):  # torchrun starts this job again, by itself
         run = run.model_copy(update={"resume": "auto"})
     check_alike(run, processes)
+    check_shard(run, processes)
     with Signals() as signals, Watch(processes, run.train.patience) as watch:
         return _train(run, processes, signals, watch)
 
@@ -126,7 +128,11 @@ def _train(run: Run, processes: Processes, signals: Signals, watch: Watch) -> in
     run = prepared.run
     found: Found = processes.gather(prepared.found)[0]
     dtype = _dtype(run, processes)
-    model = load_model(prepared.checkpoint, processes.device, dtype, absent=prepared.fuses)
+    if is_zero3(run.train):
+        settings = settings_of(run.train, dtype, processes.world)
+        model = load_partitioned(prepared.checkpoint, processes.device, dtype, settings)
+    else:
+        model = load_model(prepared.checkpoint, processes.device, dtype, absent=prepared.fuses)
     tower = VisualTower(prepared.checkpoint, processes.device, dtype) if prepared.mixture.pairs else None
     adapted = attach(model, run.lora, str(run.model.base), run.train.seed)
     state = read_state(found.newest) if found.newest else {"step": 0, "skipped": 0}
@@ -189,7 +195,7 @@ class Loop:
         self.train_step = TrainStep(
             engine, processes,
             variant=VARIANTS[run.model.variant], flow=run.flow, seed=run.train.seed, dropout=run.lora.dropout,
-            dtype=dtype, fused=path.fused, ease=self._ease, concern=self._concern, tower=tower,
+            dtype=dtype, fused=path.fused, ease=self._ease, concern=self._concern, tower=tower, lockstep=path.lockstep,
         )  # fmt: skip
         self.taken: Taken | None = None
         self.start = Mark(processes.device)  # of the next step

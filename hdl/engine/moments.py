@@ -8,7 +8,7 @@ from torch import Tensor
 from hdl.adapter.flat import in_flat
 from hdl.adapter.lora import adapter_parameters
 from hdl.engine.full_state import FullState, places
-from hdl.engine.partitions import MOMENTS, create_states, set_updates, states, under_adams_names
+from hdl.engine.partitions import MOMENTS, set_updates, states, under_adams_names
 
 
 def named_moments(state: FullState) -> dict[str, Tensor]:
@@ -27,7 +27,6 @@ def read_moments(engine: DeepSpeedEngine) -> dict[str, Tensor]:
 def write_moments(engine: DeepSpeedEngine, moments: dict[str, Tensor], updates: int) -> None:
     """Put full moments, taken after that many updates, into a fresh engine. KeyError when one is missing."""
     rank = dist.get_rank(engine.optimizer.dp_process_group)
-    create_states(engine)
     with under_adams_names(engine):
         for moment in MOMENTS:
             named = {name: moments[f"{name}.{moment}"] for name in adapter_parameters(engine.module)}

@@ -36,7 +36,7 @@ def is_zero3(engine: DeepSpeedEngine) -> bool:
 
 
 def states(engine: DeepSpeedEngine) -> list[dict[str, Any]]:
-    """The optimizer's state of each partition; empty ones before the first step."""
+    """The optimizer's state of each partition."""
     base = engine.optimizer.optimizer
     return [base.state[flat] for flat in flat_partitions(engine)]
 

@@ -158,9 +158,10 @@ def _leave() -> None:
 
 def _use_expandable_segments() -> None:
     """Let PyTorch's allocator grow and shrink its memory piece by piece, so that what one size of batch leaves
-    serves the next; the user's own settings come first. It reads them when it is first asked for memory."""
+    serves the next; the user's own settings come first. Said to PyTorch itself: it read the environment when it was
+    imported."""
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
 
 
 def _use_deepspeed_on_cpu() -> None:

@@ -17,6 +17,7 @@ from transformers import get_scheduler
 from hdl.adapter.flat import flat_parameter
 from hdl.config import Train
 from hdl.engine.clipping import clip_without_waiting
+from hdl.engine.partitions import create_states
 from hdl.engine.processes import Processes
 from hdl.engine.rounding_adamw import RoundingAdamW
 from hdl.errors import HdlError
@@ -85,8 +86,14 @@ def check_optimizer(train: Train, device: torch.device, dtype: torch.dtype) -> N
             f"train.optimizer {train.optimizer} needs a CUDA GPU, this run is on the CPU; use train.optimizer "
             "adamw"
         )
+    zero = read_strategy(train.deepspeed)["zero_optimization"]
+    quantized = [name for name in zero if name.startswith("zero_quantized") and zero[name]]
+    if quantized and device.type != "cuda":
+        raise HdlError(
+            f"train.deepspeed {train.deepspeed} sets {quantized[0]}, which DeepSpeed does on a CUDA GPU, and this run is on "
+            "the CPU; use ds_configs/zero3.json"
+        )
     if train.master == "bfloat16":
-        zero = read_strategy(train.deepspeed)["zero_optimization"]
         reason = None
         if dtype != torch.bfloat16:
             reason = (
@@ -112,24 +119,12 @@ def build_optimizer(train: Train, parameters: list[nn.Parameter], rank: int) -> 
     return kind(parameters, **settings)
 
 
-def shard(
-    model: nn.Module, train: Train, dtype: torch.dtype, processes: Processes
-) -> deepspeed.DeepSpeedEngine:
-    """Hand the trainable parameters of `model` to DeepSpeed."""
-    micro, accumulation = shares(train, processes.world)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = build_optimizer(train, parameters, processes.rank)
-    kind = {"constant": "constant_with_warmup", "cosine": "cosine"}[train.schedule]
-    scheduler = get_scheduler(kind, optimizer, train.warmup_steps, train.steps)
-    strategy = read_strategy(train.deepspeed)
-    if strategy["zero_optimization"]["stage"] < 3:
-        strategy["zero_optimization"].setdefault("reduce_bucket_size", bucket_size(model, parameters))
-    if processes.world == 1 and strategy["zero_optimization"]["stage"] < 3:
-        # there is nothing to overlap, and for the right to it every backward waits for the GPU
-        strategy["zero_optimization"]["overlap_comm"] = False
+def settings_of(train: Train, dtype: torch.dtype, world: int) -> dict[str, Any]:
+    """DeepSpeed's config: the strategy, with what the run's config says."""
+    micro, accumulation = shares(train, world)
     in_place = train.master == "bfloat16"
-    settings = strategy | {
-        "train_batch_size": micro * accumulation * processes.world,
+    return read_strategy(train.deepspeed) | {
+        "train_batch_size": micro * accumulation * world,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": train.grad_clip,
@@ -145,6 +140,33 @@ def shard(
         "steps_per_print": 2**31,
         "timers": {"throughput": {"enabled": False}},  # it waits for the GPU twice a step
     }
+
+
+def is_zero3(train: Train) -> bool:
+    """Whether DeepSpeed divides the frozen weights over the ranks."""
+    return bool(read_strategy(train.deepspeed)["zero_optimization"]["stage"] == 3)
+
+
+def shard(
+    model: nn.Module, train: Train, dtype: torch.dtype, processes: Processes
+) -> deepspeed.DeepSpeedEngine:
+    """Hand the trainable parameters of `model` to DeepSpeed."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    settings = settings_of(train, dtype, processes.world)
+    zero = settings["zero_optimization"]
+    if zero["stage"] == 3:
+        for (
+            p
+        ) in parameters:  # DeepSpeed does so itself, but for a model of which it has divided parts already
+            p.data = p.data.to(dtype)
+    else:
+        zero.setdefault("reduce_bucket_size", bucket_size(model, parameters))
+    if processes.world == 1 and zero["stage"] < 3:
+        # there is nothing to overlap, and for the right to it every backward waits for the GPU
+        zero["overlap_comm"] = False
+    optimizer = build_optimizer(train, parameters, processes.rank)
+    kind = {"constant": "constant_with_warmup", "cosine": "cosine"}[train.schedule]
+    scheduler = get_scheduler(kind, optimizer, train.warmup_steps, train.steps)
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=parameters,
@@ -153,9 +175,10 @@ def shard(
         config=settings,
         dist_init_required=False,
     )
-    if in_place:
+    if train.master == "bfloat16":
         _step_the_adapter_itself(engine)
     clip_without_waiting(engine)
+    create_states(engine)  # now: made between a step's passing things, they would leave memory in pieces
     return engine
 
 

@@ -22,6 +22,7 @@ from hdl.data.batches import Batch
 from hdl.engine.processes import Processes
 from hdl.flow.noise import Variant
 from hdl.flow.step import flow_matching_loss
+from hdl.memory.lockstep import Lockstep
 from hdl.o1.visual import VisualTower
 from hdl.report.curves import band_sums
 from hdl.seeds import derive_seed, seeded
@@ -63,16 +64,17 @@ class TrainStep:
         self, engine: Engine, processes: Processes,
         *, variant: Variant, flow: Flow, seed: int, dropout: float, dtype: torch.dtype, fused: bool,
         ease: Callable[[str], None] | None = None, concern: Callable[[], bool] = lambda: False,
-        tower: VisualTower | None = None,
+        tower: VisualTower | None = None, lockstep: Lockstep | None = None,
     ) -> None:  # fmt: skip
         """variant, flow, seed, dtype, fused, tower: as flow_matching_loss takes them; dropout: the adapter's. ease:
         called when a micro-batch ran out of memory, with what the allocator said; when it returns, the
         micro-batch is tried again. concern: whether this rank wants the run to be looked at after the step; all
-        ranks learn of it with the step's numbers."""
+        ranks learn of it with the step's numbers. lockstep: with which the model's passes are taken."""
         self.engine, self.processes = engine, processes
         self.variant, self.flow, self.seed = variant, flow, seed
         self.dropout, self.dtype, self.fused = dropout, dtype, fused
         self.ease, self.concern, self.tower = ease, concern, tower
+        self.lockstep = lockstep or Lockstep()
 
     def forward_backward(self, step: int, batches: Sequence[Batch], sigmas: Tensor) -> Reading:
         """Queue a step's gradient; its numbers, for `Measured.read`, arrive when its forward passes are done.
@@ -97,16 +99,21 @@ class TrainStep:
         A gradient reaches the engine at the very end of a backward pass: one that does not get there leaves
         nothing behind, and on return nothing of it is alive.
         """
+        self.lockstep.begin()
         try:
             loss, errors = flow_matching_loss(
                 self.engine, batch.to(self.processes.device), sigmas, step,
                 variant=self.variant, flow=self.flow, seed=self.seed, fused=self.fused, dtype=self.dtype,
                 tower=self.tower,
             )  # fmt: skip
-            told.tell(i, _measured(loss, batch, sigmas, errors, i == 0 and self.concern()))
+            measured = _measured(loss, batch, sigmas, errors, i == 0 and self.concern())
+            self.lockstep.through("forward")
+            told.tell(i, measured)
             # DeepSpeed averages gradients over ranks and micro-batches; `loss` is a part of a sum.
             self.engine.backward(loss * (self.processes.world * told.count))
         except torch.OutOfMemoryError as error:
+            if not self.lockstep.broke_off():
+                raise
             return str(error) or "out of memory"
         return None
 

@@ -4,7 +4,8 @@ The optimizer owns PEFT's parameters; the packed matrices hold copies, refreshed
 fp8 weights what the copies come to in e4m3 (hdl/kernels/folded.py). The real model has 504 such blocks; copied
 one by one their launches alone would take milliseconds, so those with as many columns are copied together,
 from a table of where each block is and goes. The table is made anew only when the adapter has moved or its
-factors changed, which a few numbers tell: its parameters are views of one flat one, so it moves as a whole.
+factors changed, which a few numbers tell: parameters that are trained are views of one flat one, so they move as
+a whole, and those that are only drawn with stay where they are.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from hdl.kernels.backend import runs_triton
 from hdl.kernels.folded import Folds
-from hdl.kernels.linears import ADAPTER, Block, PackedLinear
+from hdl.kernels.linears import Block, PackedLinear
 
 CHUNK = 4096  # elements one program copies
 
@@ -28,7 +29,7 @@ class AdapterCopies:
     def __init__(self, linears: Sequence[PackedLinear]) -> None:
         self.blocks = [block for linear in linears for block in linear.copies()]
         self.folds = Folds([fold for linear in linears for fold in linear.folds()])
-        self._modules = list(dict.fromkeys(b.module for b in self.blocks if b.scaled))
+        self._loras = [b.lora for b in self.blocks if b.scaled]
         self._known: object = None
         self._groups: list[_Group] = []
 
@@ -50,7 +51,7 @@ class AdapterCopies:
     def _refresh_groups(self) -> bool:
         """Whether the kernel can copy all blocks: it reads contiguous sources, all of one dtype."""
         first, last = self.blocks[0].source, self.blocks[-1].source
-        factors = [not m.disable_adapters and m.scaling[ADAPTER] for m in self._modules]  # type: ignore[index]
+        factors = [lora.factor for lora in self._loras]
         known = (first.data_ptr(), last.data_ptr(), first.dtype, factors)
         if known != self._known:
             self._known = known
@@ -60,9 +61,7 @@ class AdapterCopies:
 
 
 def _factor(block: Block) -> float:
-    if not block.scaled:
-        return 1.0
-    return 0.0 if block.module.disable_adapters else block.module.scaling[ADAPTER]  # type: ignore[index,return-value]
+    return block.lora.factor if block.scaled else 1.0
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ class Frame:
         tokens = rows_for(layout.tokens)
         room = math.ceil(tokens * MAX_WASTE)  # what a smaller run may leave to the tail
         gen, whole = max(gen, room), max(whole, room)
-        bounds = _up(text, ROUND_TEXT_TO), _up(gen, ROUND_GEN_TO), _up(whole, ROUND_WHOLE_TO)
+        bounds = up(text, ROUND_TEXT_TO), up(gen, ROUND_GEN_TO), up(whole, ROUND_WHOLE_TO)
         return cls(tokens, len(segments), tokens > layout.tokens, *bounds, None)
 
     def serves(self, layout: Layout) -> bool:
@@ -87,7 +87,7 @@ class Frame:
 
 def rows_for(tokens: int) -> int:
     """Rows of the buffers of a run that is captured: up to a 32nd more than its tokens."""
-    return _up(tokens, max(2 ** (tokens.bit_length() - 1) // STEPS, 1))
+    return up(tokens, max(2 ** (tokens.bit_length() - 1) // STEPS, 1))
 
 
 class Gradients(NamedTuple):
@@ -122,7 +122,7 @@ def run_attention(frame: Frame, layout: Layout, device: torch.device, dtype: tor
 
 
 def needs_exact_frame(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether attention here takes the layout it was made for alone."""
+    """Whether attention here takes the layout it was made for alone: it is not cuDNN's."""
     return not (device.type == "cuda" and dtype == torch.bfloat16 and _has_cudnn_front_end(device.index or 0))
 
 
@@ -163,62 +163,15 @@ class Sequences:
         return len(self.query_lengths)
 
 
-class CudnnAttention:
-    """The two calls through cuDNN. To be loaded before use."""
+class CudnnCalls:
+    """cuDNN's attention over sequences that stand in the rows of packed runs."""
 
-    def __init__(self, frame: Frame, device: torch.device) -> None:
-        self.frame, self.device = frame, device
-        samples = frame.samples
-        sequences = samples + frame.tail
-        # All numbers in one piece of memory, so that one copy brings them.
-        self._numbers = torch.empty(2 * (sequences + 1) + 3 * sequences, dtype=torch.int64, device=device)
-        starts, lengths = self._numbers.split([2 * (sequences + 1), 3 * sequences])
-        at, at_gen = starts.view(2, -1, 1, 1, 1).unbind()
-        # int32 in the memory of as many int64: cuDNN wants them so
-        text, gen, whole = lengths.view(torch.int32)[: 3 * sequences].view(3, -1, 1, 1, 1).unbind()
-        self.gen = Sequences(False, frame.gen, frame.whole, gen, whole, at_gen, at)
-        self.ar = Sequences(
-            True, frame.text, frame.text, text[:samples], text[:samples], at[: samples + 1], at[: samples + 1]
-        )
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self._offsets: dict[tuple[int, int, int], Tensor] = {}
 
-    def load(self, layout: Layout) -> None:
-        text = [segment.text - 1 for segment in layout.segments]
-        whole = [segment.tokens for segment in layout.segments]
-        if self.frame.tail:
-            text, whole = [*text, 0], [*whole, self.frame.tokens - layout.tokens]
-        at = list(accumulate(whole, initial=0))
-        at_gen = [start + n for start, n in zip(at, text)] + at[-1:]
-        gen = [tokens - n for tokens, n in zip(whole, text)]
-        numbers = torch.zeros(len(self._numbers), dtype=torch.int64)
-        numbers[: 2 * len(at)] = torch.tensor(at + at_gen)
-        numbers[2 * len(at) :].view(torch.int32)[: 3 * len(gen)] = torch.tensor(text + gen + whole)
-        self._numbers.copy_(send(numbers, self.device))
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-        return self._attend(self.gen, q, k, v, out), self._attend(self.ar, q, k, v, out)
-
-    def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: tuple[Tensor, Tensor]
-    ) -> Gradients:
-        dq = torch.empty_like(q)
-        dk, dv = torch.empty_like(k), torch.empty_like(k)
-        self._attend_backward(self.gen, dout, q, k, v, out, saved[0], dq, dk, dv)
-        # Text keys answer both to text and to the image: the two gradients add up.
-        text_dk, text_dv = torch.empty_like(k), torch.empty_like(k)
-        self._attend_backward(self.ar, dout, q, k, v, out, saved[1], dq, text_dk, text_dv)
-        self.add_text(dk.flatten(1), dv.flatten(1), text_dk.flatten(1), text_dv.flatten(1))
-        return Gradients(dq, dk, dv)
-
-    def add_text(self, dk: Tensor, dv: Tensor, text_dk: Tensor, text_dv: Tensor) -> None:
-        """dk += text_dk, dv += text_dv in the rows of AR tokens; all [S, width], contiguous."""
-        width = dk.shape[1]
-        _add_text[(self.ar.count, self.frame.text)](
-            dk, dv, text_dk, text_dv, self.ar.query_starts, self.ar.query_lengths,
-            width, triton.next_power_of_2(width), num_warps=4,
-        )  # fmt: skip
-
-    def _attend(self, sequences: Sequences, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
+    def attend(self, sequences: Sequences, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
+        """Fill out's rows of these sequences; returns the statistics that backward needs."""
         plan = _plan(self._shape(sequences, q, k, v, out), self.device)
         stats = torch.empty(plan.shape.stats, device=self.device, dtype=torch.float32)
         plan.run_forward(
@@ -226,10 +179,11 @@ class CudnnAttention:
         )  # fmt: skip
         return stats
 
-    def _attend_backward(
+    def attend_backward(
         self, sequences: Sequences, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
         stats: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
     ) -> None:  # fmt: skip
+        """Fill dq's, dk's and dv's rows."""
         shape = self._shape(sequences, q, k, v, out, dout)
         _plan(shape, self.device).run_backward(
             q=q, k=k, v=v, o=out, do=dout, stats=stats, dq=dq, dk=dk, dv=dv,
@@ -240,7 +194,7 @@ class CudnnAttention:
         self, sequences: Sequences, q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor | None = None
     ) -> "PlanShape":
         longest_query, longest_key = (
-            _up(n, ROUND_TO) for n in (sequences.longest_query, sequences.longest_key)
+            up(n, ROUND_TO) for n in (sequences.longest_query, sequences.longest_key)
         )
         return PlanShape(
             sequences.causal, sequences.count, q.shape[1], k.shape[1], q.shape[2], longest_query, longest_key,
@@ -259,6 +213,62 @@ class CudnnAttention:
                 self._offsets[key] = starts * tensor.stride(0)
             rows[f"{name}_starts"] = self._offsets[key]
         return rows
+
+
+class CudnnAttention(CudnnCalls):
+    """The two calls through cuDNN. To be loaded before use."""
+
+    def __init__(self, frame: Frame, device: torch.device) -> None:
+        super().__init__(device)
+        self.frame = frame
+        samples = frame.samples
+        sequences = samples + frame.tail
+        # All numbers in one piece of memory, so that one copy brings them.
+        self._numbers = torch.empty(2 * (sequences + 1) + 3 * sequences, dtype=torch.int64, device=device)
+        starts, lengths = self._numbers.split([2 * (sequences + 1), 3 * sequences])
+        at, at_gen = starts.view(2, -1, 1, 1, 1).unbind()
+        # int32 in the memory of as many int64: cuDNN wants them so
+        text, gen, whole = lengths.view(torch.int32)[: 3 * sequences].view(3, -1, 1, 1, 1).unbind()
+        self.gen = Sequences(False, frame.gen, frame.whole, gen, whole, at_gen, at)
+        self.ar = Sequences(
+            True, frame.text, frame.text, text[:samples], text[:samples], at[: samples + 1], at[: samples + 1]
+        )
+
+    def load(self, layout: Layout) -> None:
+        text = [segment.text - 1 for segment in layout.segments]
+        whole = [segment.tokens for segment in layout.segments]
+        if self.frame.tail:
+            text, whole = [*text, 0], [*whole, self.frame.tokens - layout.tokens]
+        at = list(accumulate(whole, initial=0))
+        at_gen = [start + n for start, n in zip(at, text)] + at[-1:]
+        gen = [tokens - n for tokens, n in zip(whole, text)]
+        numbers = torch.zeros(len(self._numbers), dtype=torch.int64)
+        numbers[: 2 * len(at)] = torch.tensor(at + at_gen)
+        numbers[2 * len(at) :].view(torch.int32)[: 3 * len(gen)] = torch.tensor(text + gen + whole)
+        self._numbers.copy_(send(numbers, self.device))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+        return self.attend(self.gen, q, k, v, out), self.attend(self.ar, q, k, v, out)
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: tuple[Tensor, Tensor]
+    ) -> Gradients:
+        dq = torch.empty_like(q)
+        dk, dv = torch.empty_like(k), torch.empty_like(k)
+        self.attend_backward(self.gen, dout, q, k, v, out, saved[0], dq, dk, dv)
+        # Text keys answer both to text and to the image: the two gradients add up.
+        text_dk, text_dv = torch.empty_like(k), torch.empty_like(k)
+        self.attend_backward(self.ar, dout, q, k, v, out, saved[1], dq, text_dk, text_dv)
+        self.add_text(dk.flatten(1), dv.flatten(1), text_dk.flatten(1), text_dv.flatten(1))
+        return Gradients(dq, dk, dv)
+
+    def add_text(self, dk: Tensor, dv: Tensor, text_dk: Tensor, text_dv: Tensor) -> None:
+        """dk += text_dk, dv += text_dv in the rows of AR tokens; all [S, width], contiguous."""
+        width = dk.shape[1]
+        _add_text[(self.ar.count, self.frame.text)](
+            dk, dv, text_dk, text_dv, self.ar.query_starts, self.ar.query_lengths,
+            width, triton.next_power_of_2(width), num_warps=4,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -473,5 +483,6 @@ def _has_cudnn_front_end(index: int) -> bool:
     return importlib.util.find_spec("cudnn") is not None and torch.cuda.get_device_capability(index) >= (9, 0)
 
 
-def _up(n: int, step: int) -> int:
+def up(n: int, step: int) -> int:
+    """n, rounded up to a multiple of step."""
     return -(-n // step) * step

@@ -8,7 +8,7 @@ what the fast one is tested against.
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from peft import PeftModel
@@ -31,13 +31,18 @@ from hdl.kernels.restored import (
 )
 from hdl.kernels.rms_norm import rms_norm, rms_norm_backward
 from hdl.kernels.scratch import Scratch
+from hdl.kernels.steps import StepGraphs
 from hdl.memory.cache import WeightCache
 from hdl.memory.host import Alone, Ranks, first_of_machine
+from hdl.memory.lockstep import Lockstep
 from hdl.memory.offload import Offload, carried
-from hdl.memory.streaming import Streaming, block_bytes, spread
+from hdl.memory.shares import ShareStore
+from hdl.memory.streaming import HostStore, Store, Streaming, block_bytes, spread
 from hdl.o1.config import O1Config
-from hdl.o1.decoder import Decoder, DecoderLayer, RMSNorm
+from hdl.o1.decoder import O1, Decoder, DecoderLayer, RMSNorm
 from hdl.o1.layout import Layout
+
+T = TypeVar("T")
 
 
 def flatten(adapted: PeftModel) -> None:
@@ -56,6 +61,7 @@ def fuse(
     keep: str | list[str] = "everything",
     stream: int = 0,
     offload: int = 0,
+    shard: int = 0,
     ranks: Ranks | None = None,
     cache: WeightCache | None = None,
 ) -> None:
@@ -65,19 +71,21 @@ def fuse(
     read and brought into it one by one. keep: a level of `hdl.kernels.layer.KEPT`, or one for each layer.
     stream: layers whose frozen weights stay in host memory (hdl/memory/streaming.py), shared by the `ranks` of a
     machine, who then all fuse together; None: a process alone. offload: layers whose kept things wait there between
-    forward and backward (hdl/memory/offload.py). cache: of this form, from which weights come instead, and where they
-    go if they are not there (hdl/memory/cache.py). ValueError when there are not that many layers, keep is none of
-    these, or the model `cannot_fuse`; HdlError when the host has not got the memory.
+    forward and backward (hdl/memory/offload.py). shard: layers whose frozen weights are shared out over the `ranks` of a
+    machine (hdl/memory/shares.py), who then take every pass together; not beside stream or offload. cache: of
+    this form, from which weights come instead, and where they go if they are not there (hdl/memory/cache.py).
+    ValueError when there are not that many layers, keep is none of these, or the model `cannot_fuse`; HdlError when
+    the host has not got the memory.
     """
-    scratch = Scratch()
     count = len(_decoder(adapted).layers)
-    for name, layers in (("stream", stream), ("offload", offload)):
+    for name, layers in (("stream", stream), ("offload", offload), ("shard", shard)):
         if not 0 <= layers <= count:
             raise ValueError(f"{name} {layers}: expected 0 to {count}, the number of layers")
-    streamed = spread(stream, count) if stream else []
-    packed: list[Packed] = [partial(FORMS[weights], scratch=scratch)] * count
-    for i in streamed:
-        packed[i] = partial(STREAMED[weights], scratch=scratch, resident=False)
+    if shard and (stream or offload):
+        raise ValueError(
+            f"shard {shard} beside stream {stream} and offload {offload}: expected one or the other"
+        )
+    packed, streamed = _packed(weights, stream or shard, count)
     if cache:
         # A streamed layer is brought in by one rank of a machine, which it is for that rank to write.
         first = first_of_machine(ranks or Alone())
@@ -85,9 +93,40 @@ def fuse(
         cache.attach([frozen_linears(layer) for layer in _layers(adapted)], writes)
     fused = fuse_with(adapted, packed, keep)
     if streamed:
-        fused.stream(streamed, ranks)
+        fused.stream(streamed, ranks, ShareStore if shard else HostStore)
     if offload:
         fused.offload_from(carried(offload, count))
+
+
+def fuse_to_draw(model: O1 | PeftModel, *, weights: str = "full", stream: int = 0) -> None:
+    """Put a model's decoder on the fast path for drawing alone (hdl/kernels/steps.py): nothing of it can be trained.
+
+    It may have any number of adapters, which are switched and weighted as before. weights, stream: as `fuse` takes
+    them; fp8 keeps no copy for a backward pass. ValueError when there are not that many layers; HdlError when the
+    host has not got the memory.
+    """
+    decoder = _decoder(model)
+    count = len(decoder.layers)
+    packed, streamed = _packed("fp8_once" if weights == "fp8" else weights, stream, count)
+    nothing = nn.Parameter(decoder.norm.weight.new_empty(0), requires_grad=False)
+    fused = FusedDecoder(decoder, nothing, packed, ["input"] * count)
+    decoder.forward = fused.forward  # type: ignore[method-assign]
+    if streamed:
+        fused.stream(streamed, None)
+    elif nothing.is_cuda:
+        fused.step_graphs = StepGraphs()
+
+
+def _packed(weights: str, stream: int, count: int) -> tuple[list["Packed"], list[int]]:
+    """How each of `count` layers is packed, and which of them are streamed."""
+    if not 0 <= stream <= count:
+        raise ValueError(f"stream {stream}: expected 0 to {count}, the number of layers")
+    scratch = Scratch()
+    streamed = spread(stream, count) if stream else []
+    packed: list[Packed] = [partial(FORMS[weights], scratch=scratch)] * count
+    for i in streamed:
+        packed[i] = partial(STREAMED[weights], scratch=scratch, resident=False)
+    return packed, streamed
 
 
 # Makes one of modules that share their input.
@@ -150,16 +189,28 @@ def fuse_with(adapted: PeftModel, packed: Packed | list[Packed], keep: str | lis
 
 def graphs_of(adapted: PeftModel) -> Graphs | None:
     """What replays the training passes of a fused model, if anything does."""
-    fused = getattr(_decoder(adapted).forward, "__self__", None)
-    return fused.graphs if isinstance(fused, FusedDecoder) else None
+    fused = fused_decoder(adapted)
+    return fused.graphs if fused else None
+
+
+def fused_decoder(model: O1 | PeftModel) -> "FusedDecoder | None":
+    """What stands in for the model's decoder, if it was fused."""
+    fused = getattr(_decoder(model).forward, "__self__", None)
+    return fused if isinstance(fused, FusedDecoder) else None
+
+
+def lockstep_of(adapted: PeftModel) -> Lockstep:
+    """With which a model's training passes are taken; of a plain model, or one whose ranks are independent, nothing."""
+    fused = fused_decoder(adapted)
+    return fused.lockstep if fused else Lockstep()
 
 
 def keep_less(adapted: PeftModel) -> bool:
     """Let every layer of a fused model keep one level less from now on; False if all keep their input alone.
 
     What CUDA graphs held is given back."""
-    fused = _decoder(adapted).forward.__self__  # type: ignore[attr-defined]
-    assert isinstance(fused, FusedDecoder)
+    fused = fused_decoder(adapted)
+    assert fused
     levels = list(KEPT)
     before = [layer.keep for layer in fused.layers]
     for layer in fused.layers:
@@ -206,8 +257,10 @@ class FusedDecoder:
         self.norm = decoder.norm
         self.shared = Shared(flat)
         self.layers: list[FusedLayer] = []
-        self.graphs: Graphs | None = None
+        self.graphs: Graphs | None = None  # of training passes
+        self.step_graphs: StepGraphs | None = None  # of drawing
         self.streaming = Streaming()
+        self.lockstep = Lockstep()
         self.offload = Offload()
         self.offloaded: list[int] = []  # layers
         self._last_run: tuple[Layout, Run] | None = None
@@ -219,10 +272,14 @@ class FusedDecoder:
         linears = [linear for fused in self.layers for linear in fused.linears]
         self.copies = AdapterCopies(linears)
 
-    def stream(self, layers: list[int], ranks: Ranks | None) -> None:
-        """Bring the weights of these layers, of STREAMED linears, into host memory, and fetch them from there."""
+    def stream(self, layers: list[int], ranks: Ranks | None, store: Callable[..., Store] = HostStore) -> None:
+        """Bring the weights of these layers, of STREAMED linears, into the store, and fetch them from there."""
         linears = [cast(list[RestoredLinear], self.layers[i].linears) for i in layers]
-        self.streaming = Streaming(linears, ranks)
+        self.streaming = Streaming(linears, ranks, store)
+        if self.streaming.together:
+            self.lockstep = Lockstep(self.streaming, ranks)
+            # What is said of a gradient is said before anybody else sees it.
+            self.shared.flat.register_hook(lambda _: self.lockstep.through("backward"))
         for j, i in enumerate(layers):
             self.layers[i].visit = self.streaming.visits(j)
 
@@ -241,12 +298,20 @@ class FusedDecoder:
             if replayed is not None:
                 return replayed
         self.streaming.prepare("forward")
+        return self.with_room(lambda: self.passes(x, self._run_of(layout, x), seen))
+
+    def with_room(self, run: Callable[[], T]) -> T:
+        """What `run` returns; where memory runs out, once more without what CUDA graphs hold."""
         try:
-            return self.passes(x, self._run_of(layout, x), seen)
+            return run()
         except torch.OutOfMemoryError:
-            if not (self.graphs and self.graphs.drop()):
+            # A pass that others take part in cannot be taken again without their knowing (hdl/memory/lockstep.py).
+            if self.streaming.together:
                 raise
-        return self.passes(x, self._run_of(layout, x), seen)
+            dropped = [graphs.drop() for graphs in (self.graphs, self.step_graphs) if graphs]
+            if not any(dropped):
+                raise
+        return run()
 
     def passes(self, x: Tensor, run: Run, seen: tuple[Tensor, Sequence[Tensor]] | None = None) -> Tensor:
         """All layers, with the adapter's values as they were last brought in. seen: which tokens the visual tower
@@ -280,8 +345,9 @@ class FinalNorm(torch.autograd.Function):
         return rms_norm_backward(dnormed, x, rstd, weight), None
 
 
-def _decoder(adapted: PeftModel) -> Decoder:
-    return cast(Decoder, adapted.get_submodule("base_model.model.model.language_model"))
+def _decoder(model: O1 | PeftModel) -> Decoder:
+    above = "base_model.model." if isinstance(model, PeftModel) else ""
+    return cast(Decoder, model.get_submodule(f"{above}model.language_model"))
 
 
 def _layers(adapted: PeftModel) -> Iterator[DecoderLayer]:

@@ -13,8 +13,9 @@ ever run twice.
 All graphs share one pool of memory: a forward is always followed by its own backward before another graph
 runs, so what one leaves there another may overwrite. Whoever asks for a second forward first gets a plain
 one. The adapter's values are brought into the packed weights before each replay, outside of the graph.
-Streamed layers (hdl/memory/streaming.py) are fetched inside, but for what a pass has to find ready; what offloaded
-ones keep (hdl/memory/offload.py) goes and comes inside, to and from host memory that is there beforehand.
+Streamed layers (hdl/memory/streaming.py) are fetched inside, but for what a pass has to find ready, or between the
+graphs that a pass then consists of (hdl/kernels/pieces.py); what offloaded ones keep (hdl/memory/offload.py) goes and
+comes inside, to and from host memory that is there beforehand.
 """
 
 import weakref
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from hdl.kernels.attention import Frame, needs_exact_frame
 from hdl.kernels.layer import Run, rehearse
+from hdl.kernels.pieces import Pieces
 from hdl.o1.layout import Layout, Segment
 
 if TYPE_CHECKING:
@@ -44,24 +46,23 @@ class Captured:
         self.run = Run.of(frame, layout, decoder.config, x)
         self.loaded: tuple[Segment, ...] = layout.segments
         self.x = x.new_zeros(frame.tokens, x.shape[1])
-        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         shared = decoder.shared
         gradient = shared.scratch_gradient()
         # A thread that reads ahead may allocate during the capture.
         options: dict[str, Any] = {"pool": pool, "capture_error_mode": "thread_local"}
+        self.forward, self.backward = forward, backward = Pieces(**options), Pieces(**options)
         # Autograd ties a leaf to the stream on which it was first used, which is not the capture's.
         shared.leaf = leaf = shared.flat.detach().requires_grad_()
         streaming, offload = decoder.streaming, decoder.offload
         offload.settle()  # a capture cannot wait for what was queued outside of it
         try:
             with streaming.recording():
-                with torch.cuda.graph(self.forward, **options), streaming.joined(), offload.joined():
+                with forward.capture(), streaming.joined(forward.between), offload.joined():
                     out = decoder.passes(self.x, self.run)
                 # Read by then, and not kept for backward: the gradient takes its place.
                 self.out = out.detach()
                 one_thread = torch.autograd.set_multithreading_enabled(False)
-                backward = torch.cuda.graph(self.backward, **options)
-                with one_thread, backward, streaming.joined(), offload.joined():
+                with one_thread, backward.capture(), streaming.joined(backward.between), offload.joined():
                     shared.use_gradient(gradient)
                     torch.autograd.grad(out, leaf, self.out)
         finally:

@@ -207,12 +207,18 @@ class Made:
     def kept(self, names: frozenset[str]) -> dict[str, Any]:
         """x and the named things, with the small things that come with them."""
         wanted = {name + suffix for name in {"x", *names} for suffix in ("", ".rstd", ".saved")}
-        return {n: _without_rows(thing) for n, thing in self.things.items() if n in wanted}
+        return {n: thing for n, thing in self.things.items() if n in wanted}
 
     def values(self) -> Tensor:
         """v, [S, kv_heads, d], where it stands in qkv."""
         layer = self.layer
         return self.need("qkv")[:, -layer.kv_heads * layer.head_dim :].unflatten(-1, (-1, layer.head_dim))
+
+    def _product(self, linear: PackedLinear, name: str, plus: Tensor | None = None) -> Tensor:
+        """Of a linear and the buffer of this name, whose e4m3 copy is let go: nobody reads it again."""
+        out = linear.forward(self.need(name), plus=plus)
+        self.things[name] = _without_rows(self.things[name])
+        return out
 
     def _make_qkv_in(self) -> None:
         layer, x = self.layer, self.things["x"]
@@ -222,7 +228,7 @@ class Made:
         self.things["qkv_in"], self.things["x.rstd"] = buffer, rstd
 
     def _make_qkv(self) -> None:
-        self.things["qkv"] = self.layer.qkv.forward(self.need("qkv_in"))
+        self.things["qkv"] = self._product(self.layer.qkv, "qkv_in")
 
     def _make_turned(self) -> None:
         layer = self.layer
@@ -252,7 +258,7 @@ class Made:
         if "x1" in self.things:
             _, rstd = rms_norm(self.things["x1"], norm.weight, norm.eps, **settings)
         else:
-            branch = layer.o.forward(self.need("o_in"))
+            branch = self._product(layer.o, "o_in")
             self.things["x1"], _, rstd = add_rms_norm(
                 self.things["x"], branch, norm.weight, norm.eps, **settings
             )
@@ -260,7 +266,7 @@ class Made:
         self.things["gate_up_in"], self.things["x1.rstd"] = buffer, rstd
 
     def _make_gate_up(self) -> None:
-        self.things["gate_up"] = self.layer.gate_up.forward(self.need("gate_up_in"))
+        self.things["gate_up"] = self._product(self.layer.gate_up, "gate_up_in")
 
     def _make_down_in(self) -> None:
         gate_up = self.need("gate_up")
@@ -271,21 +277,21 @@ class Made:
 
     def _make_out(self) -> None:
         self.need("x1")
-        self.things["out"] = self.layer.down.forward(self.need("down_in"), plus=self.things["x1"])
+        self.things["out"] = self._product(self.layer.down, "down_in", plus=self.things["x1"])
 
 
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: FusedLayer, run: Run) -> Tensor:
         made = Made(layer, run, {"x": x.contiguous()})
-        learns = ctx.needs_input_grad[0]
-        if learns:
-            layer.keeper.make_room()
-        with layer.visit("forward" if learns else "forward only"):
+        if not ctx.needs_input_grad[0]:
+            with layer.visit("forward only"):
+                return forward_only(made)
+        layer.keeper.make_room()
+        with layer.visit("forward"):
             out = made.need("out")
-        if learns:
-            ctx.layer, ctx.run = layer, run
-            ctx.kept = layer.keeper.put(made.kept(KEPT[layer.keep]))
+        ctx.layer, ctx.run = layer, run
+        ctx.kept = layer.keeper.put(made.kept(KEPT[layer.keep]))
         return out  # type: ignore[no-any-return]
 
     @staticmethod
@@ -298,6 +304,21 @@ class _Layer(torch.autograd.Function):
         del made  # what is left of it makes room for what comes next
         kept.done()
         return dx, None, None
+
+
+def forward_only(made: Made) -> Tensor:
+    """out, of which nothing is kept: what is read for the last time is let go at once."""
+    for thing, read in (
+        ("qkv", ("qkv_in",)),
+        ("o_in", ("qkv", "turned")),
+        ("gate_up_in", ("o_in", "x")),
+        ("gate_up", ("gate_up_in",)),
+        ("down_in", ("gate_up",)),
+    ):
+        made.need(thing)
+        for name in read:
+            made.drop(name)
+    return made.need("out")  # type: ignore[no-any-return]
 
 
 def backward(made: Made, dout: Tensor) -> Tensor | None:

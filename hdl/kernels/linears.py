@@ -22,7 +22,8 @@ in the weights since the last refresh of the adapter, in an activation's `wide_r
 
 Forms that are only kept, and brought back for each product, are in hdl/kernels/restored.py.
 
-R is the sum of the members' ranks, rounded up to 8 so that rows stay aligned; the padding is zero.
+R is the sum of the ranks of the members' adapters, those that are off included, rounded up to 8 so that rows
+stay aligned; the padding is zero.
 """
 
 from collections.abc import Sequence
@@ -42,7 +43,6 @@ from hdl.memory.absent import put_in_place, take_out, weight_of
 from hdl.memory.cache import fill
 
 ALIGNMENT = 8  # elements: 16 bytes of bfloat16
-ADAPTER = "default"
 
 
 @dataclass(frozen=True)
@@ -72,42 +72,52 @@ class Buffer:
 
 
 @dataclass(frozen=True)
-class Member:
-    """One linear of the pack: its rows of W and its columns of the rank dimension."""
+class Lora:
+    """One adapter of PEFT's linear: one to train, or any number side by side to draw with."""
 
-    module: nn.Module  # nn.Linear, or PEFT's around it
-    rows: slice
-    ranks: slice  # empty without an adapter
-
-    @property
-    def has_adapter(self) -> bool:
-        return self.ranks.stop > self.ranks.start
+    module: LoraLinear
+    name: str
+    ranks: slice  # its columns of the pack's rank dimension
 
     @property
-    def lora_a(self) -> nn.Parameter:
-        return self.module.lora_A[ADAPTER].weight  # type: ignore[union-attr,index,return-value]
+    def a(self) -> nn.Parameter:
+        return self.module.lora_A[self.name].weight  # type: ignore[return-value]
 
     @property
-    def lora_b(self) -> nn.Parameter:
-        return self.module.lora_B[ADAPTER].weight  # type: ignore[union-attr,index,return-value]
+    def b(self) -> nn.Parameter:
+        return self.module.lora_B[self.name].weight  # type: ignore[return-value]
 
     @property
     def scaling(self) -> float:
-        return self.module.scaling[ADAPTER]  # type: ignore[union-attr,index,return-value]
+        return self.module.scaling[self.name]
+
+    @property
+    def factor(self) -> float:
+        """What B is multiplied with at present: the scaling, or 0 while the adapter is off."""
+        off = self.module.disable_adapters or self.name not in self.module.active_adapters
+        return 0.0 if off else self.scaling
+
+
+@dataclass(frozen=True)
+class Member:
+    """One linear of the pack: its rows of W, and its adapters."""
+
+    module: nn.Module  # nn.Linear, or PEFT's around it
+    rows: slice
+    loras: tuple[Lora, ...]
 
 
 @dataclass(frozen=True)
 class Block:
-    """What is to be copied from the adapter before a forward pass.
+    """What is to be copied from an adapter before a forward pass.
 
-    source [rows, columns]; target, of the same shape, may be a block of a larger matrix. module: PEFT's
-    linear, asked for its scaling and whether its adapter is switched off. scaled: a B, which is multiplied
-    with the scaling, and zero while the adapter is off.
+    source [rows, columns]; target, of the same shape, may be a block of a larger matrix. lora: whose it is.
+    scaled: a B, which is multiplied with the adapter's factor.
     """
 
     source: nn.Parameter
     target: Tensor
-    module: nn.Module
+    lora: Lora
     scaled: bool
 
 
@@ -121,8 +131,8 @@ class PackedLinear:
         self.members = _members(modules)
         self.n = self.members[-1].rows.stop
         self.k = base_of(modules[0]).weight.shape[1]
-        ranks = self.members[-1].ranks.stop
-        self.r = padded_rank(ranks)
+        self.ranks = sum(len(lora.a) for m in self.members for lora in m.loras)
+        self.r = padded_rank(self.ranks)
 
     def parameters(self) -> list[nn.Parameter]:
         """The adapter's parameters in the order of `adapter_gradients`."""
@@ -133,10 +143,10 @@ class PackedLinear:
         return [
             block
             for m in self.members
-            if m.has_adapter
+            for lora in m.loras
             for block in (
-                Block(m.lora_a, self.a[m.ranks], m.module, scaled=False),
-                Block(m.lora_b, self.b[m.rows, m.ranks], m.module, scaled=True),
+                Block(lora.a, self.a[lora.ranks], lora, scaled=False),
+                Block(lora.b, self.b[m.rows, lora.ranks], lora, scaled=True),
             )
         ]
 
@@ -176,16 +186,15 @@ class PackedLinear:
         if not self.r:
             return
         with named("lora"):
-            ranks = self.members[-1].ranks.stop
-            start = ranks * self.k
-            _into(flat[:start].view(ranks, self.k), dy.low[:, :ranks].t(), x.values)
+            start = self.ranks * self.k
+            _into(flat[:start].view(self.ranks, self.k), dy.low[:, : self.ranks].t(), x.values)
             for m in self.members:
-                if m.has_adapter:
-                    shape = m.lora_b.shape
+                for lora in m.loras:
+                    shape = lora.b.shape
                     db = flat[start : start + shape.numel()].view(shape)
-                    _into(db, dy.values[:, m.rows].t(), x.low[:, m.ranks])
-                    if m.scaling != 1.0:
-                        db.mul_(m.scaling)
+                    _into(db, dy.values[:, m.rows].t(), x.low[:, lora.ranks])
+                    if lora.scaling != 1.0:
+                        db.mul_(lora.scaling)
                     start += shape.numel()
 
     def forward(self, x: Buffer, plus: Tensor | None = None) -> Tensor:
@@ -333,17 +342,21 @@ def base_of(module: nn.Module) -> nn.Linear:
 
 
 def adapter_order(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
-    """The adapter's parameters of linears that share their input: every A, then every B."""
-    adapted = [m for m in _members(modules) if m.has_adapter]
-    return [m.lora_a for m in adapted] + [m.lora_b for m in adapted]
+    """The adapters' parameters of linears that share their input: every A, then every B."""
+    loras = [lora for m in _members(modules) for lora in m.loras]
+    return [lora.a for lora in loras] + [lora.b for lora in loras]
 
 
 def _members(modules: Sequence[nn.Module]) -> list[Member]:
     members, row, rank = [], 0, 0
     for module in modules:
         rows = base_of(module).weight.shape[0]
-        adapted = isinstance(module, LoraLinear) and ADAPTER in module.lora_A
-        ranks = module.lora_A[ADAPTER].weight.shape[0] if adapted else 0  # type: ignore[union-attr,index]
-        members.append(Member(module, slice(row, row + rows), slice(rank, rank + ranks)))
-        row, rank = row + rows, rank + ranks
+        loras = []
+        for name in module.lora_A if isinstance(module, LoraLinear) else ():
+            assert isinstance(module, LoraLinear)
+            ranks = slice(rank, rank + len(module.lora_A[name].weight))  # type: ignore[arg-type]
+            loras.append(Lora(module, name, ranks))
+            rank = ranks.stop
+        members.append(Member(module, slice(row, row + rows), tuple(loras)))
+        row += rows
     return members

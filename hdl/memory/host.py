@@ -96,6 +96,13 @@ def first_of_machine(ranks: Ranks) -> bool:
     return _among(ranks.gather(me), me)[0] == 0
 
 
+def machines(ranks: Ranks) -> tuple[list[list[int]], int]:
+    """The numbers of the run's ranks, machine by machine, and which of these this rank is on. All ranks ask together."""
+    everyone, here = ranks.gather(_machine()), _machine()
+    names = list(dict.fromkeys(everyone))
+    return [[i for i, name in enumerate(everyone) if name == one] for one in names], names.index(here)
+
+
 def _among(everyone: Sequence[tuple[Any, int]], me: tuple[Any, int]) -> tuple[int, int]:
     """Which one this rank is among those of its machine, and how many they are."""
     pids = [pid for machine, pid in everyone if machine == me[0]]

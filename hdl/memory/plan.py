@@ -3,14 +3,15 @@
 Every byte has a place in the code, and is counted from the same sizes here:
 
     weights      the decoder's frozen linears in their form (hdl/kernels/linears.py), and all other weights
-    adapter      the flat parameter, its gradient and what gathers it, the float32 copy, the moments
+    adapter      the flat parameter, the gradient that graphs write, the float32 copy, the moments
     activations  what the layers keep for backward (KEPT in hdl/kernels/layer.py) and do not send to the host
-    workspace    what is made and let go while one layer, the head or the optimizer works: the largest of them
+    workspace    what is made and let go: the most that one layer takes, which stays in the graphs' memory, and
+                 beside it the most that the head takes, or the gradient on its way to the optimizer
 
-A layer that keeps less is recomputed more. `fit` chooses, among all ways to give each layer a level, the one
-that costs the least time within a number of bytes. Layers are alike, so what counts is each level's bytes and
-milliseconds, and the best mix is of two levels at most. Beside it stands what waits in host memory instead
-(hdl/memory/offload.py), which costs nothing as long as its copies take no longer than the pass they are in.
+A layer that keeps less is recomputed more, and needs more room for that. Layers are alike, so what counts is each
+level's bytes and milliseconds: a mix of two levels is tried for each pair, as much as fits of the one that keeps
+more. Beside it stands what waits in host memory instead (hdl/memory/offload.py), which costs nothing as long as its
+copies take no longer than the pass they are in.
 
 Times are useful work over measured rates of a GPU (`GPUS`), for launches hidden in graphs. Forward and backward each
 take as long as their own work or their own copies, whichever is longer: a forward pass is a third of the work, but has
@@ -18,10 +19,9 @@ as many streamed weights to wait for as a backward pass.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import product
 
 from hdl.kernels.attention import rows_for
 from hdl.kernels.folded import folded_width
@@ -46,7 +46,8 @@ STREAM_STEP = OFFLOAD_STEP = 4  # layers
 STREAM_GAIN = 1.1
 # cuBLASLt's workspace (64 MiB), PyTorch's cuBLAS workspaces of two streams (32 MiB each), cuDNN's for attention's
 # backward (about 70 MB at 4,352 tokens), and what is too small to be counted.
-CONTEXT = 0.2 * GIB
+CONTEXT = 0.3 * GIB
+FRAGMENTS = 0.045  # of activations: holes among them that nothing fits, where layers' levels differ
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Gpu:
 
 
 # tools/bench.py's ceilings and profiles, see docs/measurements.md; the last from an H200.
-GPUS = {"h100": Gpu(690, 1230, 380, 2.7, 55), "h200": Gpu(740, 1430, 400, 3.8, 55)}
+GPUS = {"h100": Gpu(690, 1230, 450, 2.7, 55), "h200": Gpu(740, 1430, 470, 3.8, 55)}
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,9 @@ class Work:
 class Strategy:
     """weights: of FORMS; keep: a level for each layer; optimizer: of OPTIMIZERS; world: GPUs that share the
     optimizer's state (ZeRO 1 and 2); master: whether it steps a float32 copy of the adapter; stream: layers whose
-    weights are in host memory (hdl/memory/streaming.py); offload: layers whose activations wait there."""
+    weights are in host memory (hdl/memory/streaming.py); offload: layers whose activations wait there; shard: layers
+    whose weights are shared out over the GPUs of a machine (hdl/memory/shares.py), `neighbours` of them, in place
+    of stream."""
 
     weights: str
     keep: tuple[str, ...]
@@ -113,6 +116,13 @@ class Strategy:
     master: bool = True
     stream: int = 0
     offload: int = 0
+    shard: int = 0
+    neighbours: int = 1
+
+    @property
+    def moving(self) -> int:
+        """Layers whose weights come and go."""
+        return self.stream + self.shard
 
 
 @dataclass(frozen=True)
@@ -161,6 +171,7 @@ def packs(config: O1Config, rank: int) -> dict[str, Pack]:
     }
 
 
+@cache
 def pack_bytes(pack: Pack, weights: str) -> int:
     """What a pack holds on the GPU, LoRA side included."""
     n, k, r, e = pack.n, pack.k, pack.r, pack.e
@@ -173,6 +184,7 @@ def pack_bytes(pack: Pack, weights: str) -> int:
     return lora + n * (k + e) + transposed + (n + k + 2 * r) * F32
 
 
+@cache
 def block_bytes(pack: Pack, weights: str) -> int:
     """What of a streamed pack comes and goes; its LoRA side stays."""
     numbers = pack.n * pack.k
@@ -181,6 +193,7 @@ def block_bytes(pack: Pack, weights: str) -> int:
     return numbers // 2 + numbers // 64 if weights == "nf4" else numbers + pack.n * F32
 
 
+@cache
 def weights_bytes(config: O1Config, rank: int, weights: str, stream: int) -> int:
     """What the decoder's linears hold on the GPU, with two slots for the streamed layers."""
     sizes = packs(config, rank).values()
@@ -200,6 +213,7 @@ def scratch_bytes(config: O1Config, rank: int, weights: str, stream: int) -> int
     return max(p.k * p.n for p in sizes) if weights == "fp8" and stream else 0
 
 
+@cache
 def adapter_numbers(config: O1Config, rank: int) -> int:
     """Trained numbers, 87.3 M in the real model at rank 32."""
     d, m = config.hidden_size, config.intermediate_size
@@ -208,6 +222,7 @@ def adapter_numbers(config: O1Config, rank: int) -> int:
     return config.num_hidden_layers * rank * sum(i + o for i, o in sides)
 
 
+@cache
 def kept_bytes(config: O1Config, rank: int, work: Work, level: str) -> int:
     """What one layer keeps from forward to backward; its input included."""
     s, d, m = work.tokens, config.hidden_size, config.intermediate_size
@@ -230,6 +245,7 @@ def kept_bytes(config: O1Config, rank: int, work: Work, level: str) -> int:
     return B16 * s * (d + sum(columns[name] for name in kept)) + small
 
 
+@cache
 def remade_ms(config: O1Config, rank: int, work: Work, level: str, weights: str, gpu: Gpu) -> float:
     """What a layer's backward spends on making anew what the level does not keep."""
     s, d, m = work.tokens, config.hidden_size, config.intermediate_size
@@ -249,19 +265,29 @@ def remade_ms(config: O1Config, rank: int, work: Work, level: str, weights: str,
     return ms + (0.0 if "o_in" in kept else _attention_ms(config, work, gpu) / 3.5)
 
 
-def held_bytes(sizes: Sequence[int], offload: int) -> int:
-    """What layers that keep so many bytes hold on the GPU at most, when so many of them are offloaded."""
-    order = carried(offload, len(sizes))
-    # By layer: which one leaves before it is made, and comes back once it is done with.
-    changed_for = dict(zip(order[2:], order))
+def held_bytes(sizes: Sequence[int], offload: int, working: Sequence[int]) -> tuple[int, int]:
+    """What layers that keep so many bytes hold on the GPU at most, when so many of them are offloaded; and the most
+    with what each needs beside that while its backward works."""
+    moves = _moves(offload, len(sizes))
     here = most = 0
-    for i, size in enumerate(sizes):
-        here += size - (sizes[changed_for[i]] if i in changed_for else 0)
+    for size, moved_for in zip(sizes, moves):
+        here += size if moved_for is None else size - sizes[moved_for]
         most = max(most, here)
+    busiest = 0
     for i in reversed(range(len(sizes))):
+        busiest = max(busiest, here + working[i])
+        moved_for = moves[i]
+        here -= sizes[i] if moved_for is None else sizes[i] - sizes[moved_for]
         most = max(most, here)
-        here += (sizes[changed_for[i]] if i in changed_for else 0) - sizes[i]
-    return most
+    return most, max(most, busiest)
+
+
+@cache
+def _moves(offload: int, layers: int) -> list[int | None]:
+    """By layer: which one leaves before it is made, and comes back once it is done with."""
+    order = carried(offload, layers)
+    changed_for = dict(zip(order[2:], order))
+    return [changed_for.get(i) for i in range(layers)]
 
 
 def sent_bytes(sizes: Sequence[int], offload: int) -> int:
@@ -280,7 +306,7 @@ def step_ms(config: O1Config, rank: int, work: Work, strategy: Strategy, gpu: Gp
     down = 3 * m + 2 * m + 8 * d + 3 * p["qkv"].n + inputs + 2 * gradients
     if strategy.weights != "full":  # e4m3 copies, one byte a number
         up, down = up + (inputs - d) // 2, down + gradients // 2
-    apart = strategy.stream if strategy.weights != "nf4" else config.num_hidden_layers
+    apart = strategy.moving if strategy.weights != "nf4" else config.num_hidden_layers
 
     def passed(columns: int) -> float:
         return 1e3 * columns * B16 * s / (gpu.memory * 1e12)
@@ -291,7 +317,7 @@ def step_ms(config: O1Config, rank: int, work: Work, strategy: Strategy, gpu: Gp
             where: sum(_product_ms(pack, s, strategy.weights, gpu, back, where) for pack in p.values())
             for where in (False, True)
         }
-        streamed = strategy.stream
+        streamed = strategy.moving
         return (
             (config.num_hidden_layers - streamed) * of[False]
             + streamed * of[True]
@@ -315,7 +341,7 @@ def step_ms(config: O1Config, rank: int, work: Work, strategy: Strategy, gpu: Gp
         return 1e3 * size / (gpu.host * 1e9)
 
     both = max(forward, copied(weights), copied(things)) + max(backward, copied(weights + things))
-    return both + head + optimizer + 3.0  # what starts and ends it
+    return both + head + optimizer + 8.0  # what starts and ends it, and the gaps between kernels
 
 
 def _sizes(config: O1Config, rank: int, work: Work, strategy: Strategy) -> list[int]:
@@ -339,53 +365,46 @@ def _attention_ms(config: O1Config, work: Work, gpu: Gpu) -> float:
     return 1e-9 * 3.5 * 4 * work.pairs * config.num_attention_heads * config.head_dim / gpu.attention
 
 
-def need(config: O1Config, rank: int, work: Work, strategy: Strategy) -> Need:
+@cache
+def working_bytes(config: O1Config, rank: int, work: Work, level: str, weights: str) -> int:
+    """What a layer's backward makes and lets go, at most."""
     s, d, m = work.tokens, config.hidden_size, config.intermediate_size
-    layers = config.num_hidden_layers
-    linears = weights_bytes(config, rank, strategy.weights, strategy.stream)
+    rows = 1 if weights.startswith("fp8") else 0  # bytes a number of the e4m3 copies
+    # SwiGLU's backward: the gradients that go in and come out, and what else has to be there
+    gradients = s * ((d + m) * B16 + d * rows + 2 * m * (B16 + rows))
+    everything = kept_bytes(config, rank, work, "everything")
+    return gradients + everything - kept_bytes(config, rank, work, level)  # made anew, all at once at worst
+
+
+def need(config: O1Config, rank: int, work: Work, strategy: Strategy) -> Need:
+    s, d, layers = work.tokens, config.hidden_size, config.num_hidden_layers
+    linears = weights_bytes(config, rank, strategy.weights, strategy.moving)
     ends = PATCH_DIM * d // 4 + d // 4 * d + 256 * d + d * d + d * PATCH_DIM + layers * 2 * d
     trained = adapter_numbers(config, rank)
-    # the parameter, the gradient a graph writes, the one that is handed on, and DeepSpeed's averaged one
     stepped = OPTIMIZERS[strategy.optimizer] + (F32 if strategy.master else 0)
-    adapter = trained * 4 * B16 + int(trained * stepped / strategy.world)
-    rows = 1 if strategy.weights.startswith("fp8") else 0  # bytes a number of the e4m3 copies
-    # SwiGLU's backward: the gradients that go in and come out, and what else has to be there
-    level = min(strategy.keep, key=lambda name: len(KEPT[name]))
-    backward = s * ((d + m) * B16 + d * rows + 2 * m * (B16 + rows))
-    everything = kept_bytes(config, rank, work, "everything")
-    backward += everything - kept_bytes(config, rank, work, level)  # made anew, all at once at worst
+    adapter = trained * 2 * B16 + int(trained * stepped / strategy.world)
     head = min(work.patches, HEAD_CHUNK) * PATCH_DIM * B16 + work.patches * (
         2 * d * B16 + PATCH_DIM * (1 + B16)
     )
-    optimizer = trained * F32 // strategy.world  # the gradient in float32
+    # A copy of the gradient is handed on, averaged by DeepSpeed into its own, and that is given to the optimizer in
+    # float32. The first is let go before the last is made, but leaves a hole that is too small for it.
+    optimizer = trained * B16 + trained * (B16 + (F32 if strategy.master else 0)) // strategy.world
     sizes = _sizes(config, rank, work, strategy)
+    of = {level: working_bytes(config, rank, work, level, strategy.weights) for level in set(strategy.keep)}
+    held, busiest = held_bytes(sizes, strategy.offload, [of[level] for level in strategy.keep])
     block = sum(block_bytes(pack, strategy.weights) for pack in packs(config, rank).values())
+    shares = strategy.shard * block // strategy.neighbours
     return Need(
-        weights=linears + ends * B16 + scratch_bytes(config, rank, strategy.weights, strategy.stream),
+        weights=linears
+        + shares
+        + ends * B16
+        + scratch_bytes(config, rank, strategy.weights, strategy.moving),
         adapter=adapter,
-        activations=held_bytes(sizes, strategy.offload) + 3 * s * d * B16,
-        workspace=int(max(backward, head, optimizer) + CONTEXT),
+        activations=int((held + 3 * s * d * B16) * (1 + FRAGMENTS)),
+        workspace=int(busiest - held + max(head, optimizer) + CONTEXT),
         weights_on_host=strategy.stream * block,
         activations_on_host=sent_bytes(sizes, strategy.offload),
     )
-
-
-def fit(points: Sequence[tuple[int, float]], layers: int, budget: float) -> list[int] | None:
-    """Which of `points`, (bytes, ms) of a level, each layer takes, so that the bytes of all are within the budget
-    and the time is the least of all mixes of two levels; None where nothing fits."""
-    best: tuple[float, list[int]] | None = None
-    for (a, (bytes_a, ms_a)), (b, (bytes_b, ms_b)) in product(enumerate(points), repeat=2):
-        if layers * bytes_b > budget or bytes_a < bytes_b:
-            continue
-        more = (
-            layers
-            if bytes_a == bytes_b
-            else min(layers, int((budget - layers * bytes_b) // (bytes_a - bytes_b)))
-        )
-        ms = more * ms_a + (layers - more) * ms_b
-        if best is None or ms < best[0]:
-            best = (ms, [a] * more + [b] * (layers - more))
-    return best[1] if best else None
 
 
 def plan(
@@ -403,17 +422,10 @@ def plan(
     """The fastest levels for this form of weights within `memory` bytes of the GPU and what the host has, and how
     many layers' activations to offload; None where it does not fit."""
     layers = config.num_hidden_layers
-    points = {
-        level: (
-            kept_bytes(config, rank, work, level),
-            remade_ms(config, rank, work, level, weights, gpu),
-        )
-        for level in KEPT
-    }
 
     def found(base: Strategy, counts: Sequence[int]) -> Iterator[Strategy]:
         for count in counts:
-            for keep in _mixes(config, rank, work, replace(base, offload=count), memory, points):
+            for keep in _mixes(config, rank, work, replace(base, offload=count), memory):
                 candidate = replace(base, offload=count, keep=keep)
                 needed = need(config, rank, work, candidate)
                 if needed.peak <= memory and host.has(needed):
@@ -432,38 +444,40 @@ def plan(
 
 
 def _mixes(
-    config: O1Config,
-    rank: int,
-    work: Work,
-    base: Strategy,
-    memory: float,
-    points: Mapping[str, tuple[int, float]],
+    config: O1Config, rank: int, work: Work, base: Strategy, memory: float
 ) -> Iterator[tuple[str, ...]]:
-    """Levels for all layers, one try a level of the offloaded ones and a leanest level of the others."""
-    levels = list(KEPT)
-    layers = config.num_hidden_layers
+    """Levels for all layers, some of which may need more memory: one of the offloaded layers, and of the others the
+    first at a rich level and the last at a lean one. The other way round what lean layers make anew would come when
+    the rich ones' things are gone; but CUDA's memory has more holes then, as measured, than that saves."""
+    levels, layers = list(KEPT), config.num_hidden_layers
     order = carried(base.offload, layers)
+    others = [i for i in range(layers) if i not in order]
+    kept = {level: kept_bytes(config, rank, work, level) for level in levels}
+
+    def mixed(offloaded: str, lean: str, rich: str, count: int) -> tuple[str, ...]:
+        keep = [offloaded] * layers
+        for n, i in enumerate(others):
+            keep[i] = rich if n < count else lean
+        return tuple(keep)
+
     for offloaded in levels if order else levels[:1]:
-        # What is made anew in a layer is workspace: the less the leanest level keeps, the more is needed of it.
-        for leanest in range(1, len(levels) + 1):
-            lean = levels[leanest - 1]
-            worst = [lean] * layers
-            for i in order:
-                worst[i] = offloaded
-            others = layers - len(order)
-            rest = need(config, rank, work, replace(base, keep=tuple(worst))).peak - others * points[lean][0]
-            chosen = fit([points[level] for level in levels[:leanest]], others, memory - rest)
-            if chosen is None:
-                continue
-            left = iter(chosen)
-            yield tuple(offloaded if i in order else levels[next(left)] for i in range(layers))
+        for place, lean in enumerate(levels if others else levels[:1]):
+            leanest = mixed(offloaded, lean, lean, 0)
+            if place == 0:
+                yield leanest
+            room = memory - need(config, rank, work, replace(base, keep=leanest)).peak
+            for rich in levels[:place]:
+                count = int(room // ((kept[rich] - kept[lean]) * (1 + FRAGMENTS)))
+                if count >= 0:
+                    yield mixed(offloaded, lean, rich, min(count, len(others)))
 
 
 def _cost(ms_of: Callable[[Strategy], float]) -> Callable[[Strategy], float]:
-    """A plan that copies from and to the host has to be faster by STREAM_GAIN: what its bus gives differs."""
+    """A plan that copies weights from the host has to be faster by STREAM_GAIN, and one that copies activations, and
+    by both if they share the bus: what it gives differs, and both are seen to slow each other down."""
 
     def cost(strategy: Strategy) -> float:
-        return ms_of(strategy) * (STREAM_GAIN if strategy.stream or strategy.offload else 1.0)
+        return ms_of(strategy) * STREAM_GAIN ** (bool(strategy.stream) + bool(strategy.offload))
 
     return cost
 
@@ -496,8 +510,8 @@ def choices(
 ) -> list[Choice]:
     """Every form of weights within `memory` bytes of the GPU, the best first, then those that do not fit.
 
-    The best is the fastest, but a plan that streams layers (multiples of STREAM_STEP) or offloads their activations
-    has to be faster by STREAM_GAIN.
+    The best is the fastest, but a plan that streams layers (multiples of STREAM_STEP) has to be faster by STREAM_GAIN,
+    and so has one that offloads their activations.
     """
     found = []
     layers = config.num_hidden_layers

@@ -1,6 +1,7 @@
-"""Decoder layers whose frozen weights stay in host memory and come to the GPU ahead of their use.
+"""Decoder layers whose frozen weights are elsewhere and come to the GPU ahead of their use.
 
-The weights of a streamed layer are one block of bytes, laid out alike for all of them. The GPU has two slots
+Elsewhere is host memory, or the GPUs of a machine, a share on each (hdl/memory/shares.py). The weights of a
+streamed layer are one block of bytes, laid out alike for all of them. The GPU has two slots
 for a block. Forward visits the streamed layers upwards, backward downwards, and layer j (counting streamed
 ones) is always in slot j % 2; when it is left, the copy of the next one that belongs there is queued on a
 stream of its own, behind the last kernel that read the slot:
@@ -14,12 +15,13 @@ layers is saved. A forward pass without a backward one goes round: its last visi
 What a pass fetches depends only on what the slots hold when it begins, and every block that a training
 pass asks for is waited for in the same pass. Both passes can therefore be captured in CUDA graphs, if they
 begin with the slots as above (`recording`, `replaying`). Out of order, a visit fetches what it needs itself.
+A fetch that no graph may hold stands between two of them (hdl/kernels/pieces.py).
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +31,7 @@ from hdl.memory.host import Alone, HostMemory, Ranks
 # What a visit belongs to. forward: backward follows; alone: to no pass.
 Way = Literal["forward", "forward only", "backward", "alone"]
 Part = tuple[tuple[int, ...], torch.dtype]
+Between = Callable[[Callable[[], object]], None]  # has something done between two graphs of a captured pass
 ALIGNMENT = 256  # bytes
 
 
@@ -72,46 +75,101 @@ def resident(way: Way) -> AbstractContextManager[None]:
     return nullcontext()
 
 
+class Store(Protocol):
+    """Where the blocks are. blocks: of each layer what a fetch reads; slot: bytes of a slot; in_graphs: whether
+    a fetch can be part of a CUDA graph; together: whether other ranks have to fetch the same at the same time."""
+
+    blocks: Sequence[Tensor]
+    slot: int
+    in_graphs: bool
+    together: bool
+
+    def mover(self, device: torch.device, slots: Sequence[Tensor]) -> Any:
+        """What fetches: a `Mover`, or something like it."""
+
+    def mine(self, j: int) -> bool:
+        """Whether this rank brings the weights of layer j in."""
+
+    def put(self, j: int, slot: Tensor) -> None:
+        """Keep layer j, which is in the slot if it is this rank's; called for each layer in turn, by all ranks."""
+
+    def whole(self, j: int, slot: Tensor) -> Tensor:
+        """The block of layer j, there or in the slot, once all are kept; asked by all ranks."""
+
+
+class HostStore:
+    """Blocks in host memory, once a machine."""
+
+    in_graphs, together = True, False
+
+    def __init__(self, size: int, count: int, device: torch.device, ranks: Ranks) -> None:
+        self.slot = size
+        self._host = HostMemory(size * count, device, ranks)
+        self.blocks = self._host.bytes.split(size)
+
+    def mover(self, device: torch.device, slots: Sequence[Tensor]) -> "Mover":
+        return Mover(device, slots)
+
+    def mine(self, j: int) -> bool:
+        return j % self._host.ranks == self._host.rank
+
+    def put(self, j: int, slot: Tensor) -> None:
+        if self.mine(j):
+            self.blocks[j].copy_(slot)
+
+    def whole(self, j: int, slot: Tensor) -> Tensor:
+        return self.blocks[j]
+
+
 class Streaming:
     """The streamed layers of a decoder; without any it does nothing."""
 
-    def __init__(self, layers: Sequence[Sequence[Movable]] = (), ranks: Ranks | None = None) -> None:
+    def __init__(
+        self,
+        layers: Sequence[Sequence[Movable]] = (),
+        ranks: Ranks | None = None,
+        store: Callable[[int, int, torch.device, Ranks], Store] = HostStore,
+    ) -> None:
         """layers: the linears of each, whose weights are brought in now, each layer's by one rank of a machine.
 
-        ranks: the run's processes, which all come here; none: this one is alone. HdlError when there is not
-        enough host memory.
+        ranks: the run's processes, which all come here; none: this one is alone. store: makes where the blocks are
+        kept, of their size and number. HdlError when there is not enough host memory.
         """
         self.count = len(layers)
         self.slots: list[Tensor] = []
         self.held: list[int | None] = []  # by slot, the layer in it or on its way there
         self.coming: list[Arrival | None] = []  # by slot, what nobody has waited for yet
+        self.together = False
+        self._between: Between | None = None  # while a pass is captured whose fetches stand between graphs
+        self._left = 0  # visits of the pass that runs, so far
         if not layers:
             return
         ranks = ranks or Alone()
         device = layers[0][0].device
         block = _Block([linear.kept_as() for linear in layers[0]])
-        self._host = HostMemory(block.size * self.count, device, ranks)
-        self._blocks = self._host.bytes.split(block.size)
+        self._store = store(block.size, self.count, device, ranks)
+        self.together = self._store.together
+        self._blocks = self._store.blocks
         self.slots = [
-            torch.empty(block.size, dtype=torch.uint8, device=device) for _ in range(min(self.count, 2))
+            torch.empty(self._store.slot, dtype=torch.uint8, device=device) for _ in range(min(self.count, 2))
         ]
-        self.mover = Mover(device, self.slots)
+        self.mover = self._store.mover(device, self.slots)
         for j, linears in enumerate(layers):
-            self._bring_in(j, linears, block, mine=j % self._host.ranks == self._host.rank)
+            self._bring_in(j, linears, block)
         ranks.gather(None)  # all are filled
         for j, linears in enumerate(layers):
-            for linear, parts in zip(linears, block.views(self._blocks[j])):
+            whole = self._store.whole(j, self.slots[j % 2])
+            for linear, parts in zip(linears, block.views(whole)):
                 linear.remember(parts)
         self.held, self.coming = [None] * len(self.slots), [None] * len(self.slots)
 
-    def _bring_in(self, j: int, linears: Sequence[Movable], block: "_Block", mine: bool) -> None:
-        slot = self.slots[j % 2]
+    def _bring_in(self, j: int, linears: Sequence[Movable], block: "_Block") -> None:
+        slot, mine = self.slots[j % 2], self._store.mine(j)
         for linear, parts in zip(linears, block.views(slot)):
             assert linear.kept_as() == [(tuple(part.shape), part.dtype) for part in parts]
             linear.keep_in(parts)
             linear.fill() if mine else linear.pass_over()
-        if mine:
-            self._blocks[j].copy_(slot)
+        self._store.put(j, slot)
 
     def visits(self, j: int) -> Callable[[Way], AbstractContextManager[None]]:
         """What surrounds everything that reads the weights of layer j."""
@@ -119,35 +177,55 @@ class Streaming:
 
     @contextmanager
     def _visit(self, j: int, way: Way) -> Iterator[None]:
+        if way == "alone" and self.together:
+            yield  # with whatever is in the slot: the others do not take part
+            return
         self._request(j)
         self._await(j % 2)
         yield
         following = after(j, way, self.count)
         if following is not None:
             self._request(following)
+        self._left = self._order(way).index(j) + 1
 
     def prepare(self, way: Way) -> None:
         """Have the slots begin such a pass, or have it on its way."""
         for j in self._first(way):
             self._request(j)
 
+    def begin(self) -> None:
+        """A pass is to come that may break off."""
+        self._left = 0
+
+    def finish(self, way: Way) -> None:
+        """Fetch what is left of such a pass, which was not begun or broke off, as the other ranks do."""
+        if self._left == 0:
+            self.prepare(way)
+        for j in self._order(way)[self._left :]:
+            with self._visit(j, way):
+                pass
+
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Around the capture of a forward and its backward: nothing moves while a capture only writes down."""
         self._settle("forward")
-        held = list(self.held)
+        held, left = list(self.held), self._left
         try:
             yield
         finally:
-            self.held, self.coming = held, [None] * len(held)
+            self.held, self.coming, self._left = held, [None] * len(held), left
 
     @contextmanager
-    def joined(self) -> Iterator[None]:
-        """Around one pass inside of its capture: a capture that ends with the copies astray hides its error."""
+    def joined(self, between: Between | None = None) -> Iterator[None]:
+        """Around one pass inside of its capture: a capture that ends with the copies astray hides its error.
+        between: for fetches that no graph may hold, all of which the pass waits for itself."""
+        self._between = between if self.count and not self._store.in_graphs else None
         try:
             yield
         finally:
-            self._await_all()
+            if not self._between:
+                self._await_all()
+            self._between = None
 
     @contextmanager
     def replaying(self, way: Way) -> Iterator[None]:
@@ -156,11 +234,15 @@ class Streaming:
         yield
         for j in self._first("forward" if way == "backward" else "backward"):
             self.held[j % 2] = j
+        self._left = self.count
 
-    def _first(self, way: Way) -> list[int]:
+    def _order(self, way: Way) -> Sequence[int]:
+        """Of the visits of such a pass."""
+        return range(self.count)[::-1] if way == "backward" else range(self.count)
+
+    def _first(self, way: Way) -> Sequence[int]:
         """What the slots hold when such a pass begins, in the order of visits."""
-        order = range(self.count)
-        return list(reversed(order))[:2] if way == "backward" else list(order)[:2]
+        return self._order(way)[:2]
 
     def _settle(self, way: Way) -> None:
         self.prepare(way)
@@ -168,15 +250,30 @@ class Streaming:
 
     def _request(self, j: int) -> None:
         slot = j % 2
-        if self.held[slot] != j:
-            self.held[slot] = j
-            self.coming[slot] = self.mover.copy(self.slots[slot], self._blocks[j])
+        if self.held[slot] == j:
+            return
+        self.held[slot] = j
+        if self._between:
+            self.coming[slot] = WrittenDown()
+            self._between(partial(self._fetch, j))
+        else:
+            self._fetch(j)
 
     def _await_all(self) -> None:
         for slot in range(len(self.slots)):
             self._await(slot)
 
     def _await(self, slot: int) -> None:
+        if self._between and self.coming[slot] is not None:
+            self.coming[slot] = None
+            self._between(partial(self._arrive, slot))
+        else:
+            self._arrive(slot)
+
+    def _fetch(self, j: int) -> None:
+        self.coming[j % 2] = self.mover.copy(self.slots[j % 2], self._blocks[j])
+
+    def _arrive(self, slot: int) -> None:
         arrival, self.coming[slot] = self.coming[slot], None
         if arrival is not None:
             arrival.wait()
@@ -194,6 +291,13 @@ def after(j: int, way: Way, count: int) -> int | None:
 class Arrival(Protocol):
     def wait(self) -> None:
         """Let the current stream go on only when the copy is complete."""
+
+
+class WrittenDown:
+    """Stands for a copy while a capture writes down that it will be made."""
+
+    def wait(self) -> None:
+        pass
 
 
 class Mover:

@@ -4,6 +4,10 @@ A `Checkpoint` knows every tensor's name (always as published, `model.…`), sha
 safetensors headers alone. Tensors are then read one at a time, only those asked for, straight to their
 device and dtype; host memory never holds a second copy of the model. Wrong, missing, unknown or cut-off
 tensors are found from the headers, before anything is read.
+
+A single file may hold linears in e4m3 with a scale a matrix, as ComfyUI's scaled fp8 has them and
+hdl/adapter/into_checkpoint.py writes them: `<linear>.scale_weight` beside `<linear>.weight`, and a marker `scaled_fp8`
+for the whole. They are multiplied out while they are read.
 """
 
 import hashlib
@@ -30,6 +34,8 @@ TOKEN_TABLE = "model.language_model.embed_tokens.weight"
 INDEX_FILE = "model.safetensors.index.json"
 # In the published checkpoint, but never read to train on shards of text embeddings.
 UNUSED = ("lm_head.", "model.visual.")
+# Of ComfyUI's scaled fp8. scale_input is for products with fp8 activations, which hdl scales itself.
+SCALE, MARKER, NOT_READ = "scale_weight", "scaled_fp8", "scale_input"
 ROWS_HASHED_AT_ONCE = 8192
 SAMPLED = 24  # rows of a tensor
 MAX_NAMED = 8
@@ -42,6 +48,14 @@ class Entry:
     file: Path
     key: str  # its name inside the file
     shape: tuple[int, ...]
+    scale: str | None = None  # name inside the file of what it is to be multiplied with
+
+    def scaled(self, stored: Tensor, opened: Any, dtype: torch.dtype) -> Tensor:
+        """What `stored`, the tensor or rows of it on any device, stands for."""
+        if self.scale is None:
+            return stored.to(dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        return (stored.to(wide) * float(opened.get_tensor(self.scale))).to(dtype)
 
 
 class Checkpoint:
@@ -90,8 +104,12 @@ class Checkpoint:
         for file, stored in by_file.items():
             with _opened(file) as tensors:
                 for name in stored:
-                    mapped = tensors.get_tensor(self.entries[name].key)  # pages of the file, not a copy
-                    yield name, mapped.to(device, dtype, copy=True)
+                    entry = self.entries[name]
+                    mapped = tensors.get_tensor(entry.key)  # pages of the file, not a copy
+                    if entry.scale is None:
+                        yield name, mapped.to(device, dtype, copy=True)
+                    else:
+                        yield name, entry.scaled(mapped.to(device), tensors, dtype)
 
     def token_rows(self, ids: list[int]) -> Tensor:
         """bfloat16 [len(ids), D]: rows of the token table, read without loading the table."""
@@ -99,7 +117,7 @@ class Checkpoint:
         with _opened(entry.file) as tensors:
             table = tensors.get_slice(entry.key)
             rows = {i: table[i : i + 1] for i in set(ids)}
-            return torch.cat([rows[i] for i in ids]).to(torch.bfloat16)
+            return entry.scaled(torch.cat([rows[i] for i in ids]), tensors, torch.bfloat16)
 
     def fingerprint(self) -> str:
         """Identifies the base that text embeddings belong to: a hash of its token table in bfloat16.
@@ -117,7 +135,8 @@ class Checkpoint:
         with _opened(entry.file) as tensors:
             table = tensors.get_slice(entry.key)
             for start in range(0, entry.shape[0], ROWS_HASHED_AT_ONCE):
-                rows = table[start : start + ROWS_HASHED_AT_ONCE].to(torch.bfloat16).contiguous()
+                stored = table[start : start + ROWS_HASHED_AT_ONCE]
+                rows = entry.scaled(stored, tensors, torch.bfloat16).contiguous()
                 digest.update(rows.view(torch.uint8).numpy().data)
         return f"sha256:{digest.hexdigest()}"
 
@@ -149,6 +168,8 @@ class Checkpoint:
                         self.entries[name].key
                     )  # pages of the file, read when touched
                     digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                    if self.entries[name].scale is not None:
+                        digest.update(str(float(tensors.get_tensor(self.entries[name].scale))).encode())
                     places = torch.linspace(0, len(tensor) - 1, SAMPLED).long()
                     digest.update(tensor[places].contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
@@ -269,10 +290,34 @@ def _folder_entries(folder: Path) -> dict[str, Entry]:
 
 def _file_entries(file: Path) -> dict[str, Entry]:
     with _opened(file) as tensors:
+        keys = list(tensors.keys())
+        scales = _scales(file, tensors, [key for key in keys if _ends(key, SCALE)])
         return {
-            _published_name(key): Entry(file, key, tuple(tensors.get_slice(key).get_shape()))
-            for key in tensors.keys()
+            _published_name(key): Entry(file, key, tuple(tensors.get_slice(key).get_shape()), scales.get(key))
+            for key in keys
+            if not any(_ends(key, last) for last in (SCALE, MARKER, NOT_READ))
         }
+
+
+def _scales(file: Path, tensors: Any, scales: list[str]) -> dict[str, str]:
+    """Key of a scaled tensor -> key of its scale. HdlError for a scale that is not one of an e4m3 tensor as a whole."""
+    found = {f"{scale.removesuffix(SCALE)}weight": scale for scale in scales}
+    there = set(tensors.keys())
+    lone = [scale for key, scale in found.items() if key not in there]
+    if lone:
+        raise HdlError(f"{file}: {_some(lone)} without the weights that they scale; is the file complete?")
+    for key, scale in found.items():
+        kind, shape = tensors.get_slice(key).get_dtype(), list(tensors.get_slice(scale).get_shape())
+        if kind != "F8_E4M3" or math.prod(shape) != 1:
+            raise HdlError(
+                f"{file}: {key} is {kind} with a scale {shape}; of scaled weights, hdl reads F8_E4M3 with one number a "
+                "tensor"
+            )
+    return found
+
+
+def _ends(key: str, last: str) -> bool:
+    return key.rpartition(".")[2] == last
 
 
 def _published_name(key: str) -> str:

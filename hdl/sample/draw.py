@@ -14,11 +14,13 @@ from tqdm import tqdm
 from hdl.adapter.formats import check_fits, read_adapter_file
 from hdl.adapter.stack import attach_adapters, set_adapters
 from hdl.errors import HdlError
+from hdl.kernels.fuse import fuse_to_draw
 from hdl.o1.checkpoint import load_model, open_checkpoint
 from hdl.o1.patches import PATCH
 from hdl.o1.prompt import UNCONDITIONAL_PROMPT, PromptEncoder
 from hdl.o1.visual import VisualTower
 from hdl.sample.generate import Request, SamplerSettings, generate, steps_of
+from hdl.sample.path import PathOptions, choose_path
 from hdl.sample.references import edit_request, read_reference
 
 
@@ -53,7 +55,8 @@ class Drawing:
 class Studio:
     """A model with adapters on it, switched from picture to picture: bfloat16 on a GPU, float32 on a CPU.
 
-    adapters: name -> PEFT folder or .safetensors file of any format. HdlError for everything wrong with the files.
+    adapters: name -> PEFT folder or .safetensors file of any format. options: the decoder's path. HdlError for
+    everything wrong with the files, and for options that cannot be followed here.
     """
 
     def __init__(
@@ -63,19 +66,25 @@ class Studio:
         *,
         config_from: Path | None = None,
         adapters: Mapping[str, Path] | None = None,
+        options: PathOptions | None = None,
     ) -> None:
         self.device = torch.device(device)
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.checkpoint = open_checkpoint(base, config_from)
+        self.path = choose_path(options or PathOptions(), self.checkpoint.config, self.device, self.dtype)
         read = {name: read_adapter_file(path) for name, path in (adapters or {}).items()}
         # What the files do not say of themselves: for the user to know.
         checked = [check_fits(adapter, self.checkpoint, name) for name, adapter in read.items()]
-        self.notices = [notice for notice in checked if notice]
+        self.notices = [*self.path.notices, *(notice for notice in checked if notice)]
         self.encoder = PromptEncoder(self.checkpoint)
         self.empty = self._text(UNCONDITIONAL_PROMPT)
-        model = load_model(self.checkpoint, self.device, self.dtype)
+        # Weights that are packed are read one by one, straight into their form.
+        model = load_model(self.checkpoint, self.device, self.dtype, absent=self.path.fused)
         self.adapted = attach_adapters(model, read) if read else None
         self.model = self.adapted or model
+        if self.path.fused:
+            stream = options.stream if options else 0
+            fuse_to_draw(self.model, weights=self.path.weights, stream=stream)
         self._tower: VisualTower | None = None
 
     def draw(self, wanted: Sequence[Wanted], settings: SamplerSettings, together: int = 1) -> list[Drawing]:

@@ -60,14 +60,14 @@ def test_auto_takes_the_fastest_that_fits() -> None:
     run = a_run("--train.batch_size", "1", "--model.memory", "auto")
     wide, _ = settle(run, REAL, INFOS, 1, gib(79))
     assert wide.model.weights == "fp8" and wide.model.keep == "everything"
-    tight, line = settle(run, REAL, INFOS, 1, gib(11))
+    tight, line = settle(run, REAL, INFOS, 1, gib(12))
     assert tight.model.weights == "fp8_once" and len(set(tight.model.keep)) == 2
     assert "products x" in line or "attention x" in line
     old, _ = settle(run, REAL, INFOS, 1, gib(15, fp8=False))
     assert old.model.weights == "nf4"  # without fp8 arithmetic
     smaller, line = settle(run, REAL, INFOS, 1, gib(5))
     assert smaller.model.stream and f"model.stream {smaller.model.stream}" in line
-    smallest, _ = settle(run, REAL, INFOS, 1, gib(2.7))
+    smallest, _ = settle(run, REAL, INFOS, 1, gib(3.2))
     assert smallest.train.optimizer == "adamw_8bit", "its own optimizer leaves too little room"
     assert run.model.weights == "full" and run.train.optimizer == "adamw"
 
@@ -80,7 +80,8 @@ def test_what_nothing_fits_is_said() -> None:
 def test_ranks_share_the_optimizers_state() -> None:
     run = a_run("--train.batch_size", "8", "--train.micro_batch_size", "1")
     alone, shared = (float(settle(run, REAL, INFOS, n, gib(79))[1].split()[2]) for n in (1, 8))
-    assert 0.5 < alone - shared < 1.2
+    # master, moments, and what of the gradient is made of them: 18 bytes a number, as printed to a tenth
+    assert alone - shared == pytest.approx(7 / 8 * 18 * 87_293_952 / 2**30, abs=0.1)
 
 
 def test_the_rank_counts() -> None:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 REPOSITORY = Path(__file__).parents[2]
@@ -72,3 +73,18 @@ def test_a_step_is_taken_again_once(tmp_path: Path, tiny_base: Path, shards: Pat
 def losses(run: Path) -> list[float]:
     events = EventAccumulator(str(run / "tensorboard")).Reload()
     return [event.value for event in events.Scalars("loss")]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the allocator of a GPU")
+@pytest.mark.parametrize("given", [None, "expandable_segments:False"])
+def test_segments_expand_unless_the_user_says_otherwise(given: str | None) -> None:
+    script = (
+        "import torch\nfrom hdl.engine.processes import process_group\n"
+        "with process_group() as processes:\n"
+        "    some = torch.empty(1 << 25, device=processes.device)\n"
+        "    print([segment['is_expandable'] for segment in torch.cuda.memory_snapshot()])\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.endswith("ALLOC_CONF")}
+    environment |= {"PYTORCH_ALLOC_CONF": given} if given else {}
+    ran = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert ran.stdout.splitlines()[-1:] == [str([given is None])], ran.stderr

@@ -4,11 +4,12 @@ from typing import cast
 
 import pytest
 import torch
+from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from hdl.kernels.adapter_copies import CHUNK, AdapterCopies
 from hdl.kernels.folded import Fold
-from hdl.kernels.linears import Block, PackedLinear
+from hdl.kernels.linears import Block, Lora, PackedLinear
 from tests.kernels.helpers import DEVICE, DTYPES
 
 # rows, columns, and where in the matrix; 8 columns from 16 are aligned, the others are not.
@@ -22,7 +23,12 @@ class Module(nn.Module):
     def __init__(self, scaling: float) -> None:
         super().__init__()
         self.scaling = {"default": scaling}
+        self.active_adapters = ["default"]
         self.disable_adapters = False
+
+
+def lora_of(scaling: float) -> Lora:
+    return Lora(cast(LoraLinear, Module(scaling)), "default", slice(0))
 
 
 class Linear:
@@ -51,7 +57,7 @@ def blocks_of(matrix: Tensor, dtype: torch.dtype) -> list[Block]:
         start += rows * columns
         target = matrix[row : row + rows, column : column + columns]
         scaled = factor != 1.0
-        blocks.append(Block(source, target, Module(factor if scaled else 9.0), scaled))
+        blocks.append(Block(source, target, lora_of(factor if scaled else 9.0), scaled))
     return blocks
 
 
@@ -83,10 +89,13 @@ def test_follows_values_places_and_switches() -> None:
     for block, moved in zip(blocks, blocks_of(matrix, torch.float32)):
         block.source.data = moved.source.data * 2  # as a whole, somewhere else
     assert_follows(*FACTORS)
-    blocks[2].module.disable_adapters = True
+    module = cast(Module, blocks[2].lora.module)
+    module.disable_adapters = True
     assert_follows(1.0, 2.0, 0.0, 1.0, 3.0)
-    blocks[2].module.disable_adapters = False
-    blocks[4].module.scaling["default"] = 0.25  # type: ignore[operator,index]
+    module.disable_adapters, module.active_adapters = False, ["another"]
+    assert_follows(1.0, 2.0, 0.0, 1.0, 3.0)
+    module.active_adapters = ["another", "default"]
+    blocks[4].lora.module.scaling["default"] = 0.25
     assert_follows(1.0, 2.0, 0.5, 1.0, 0.25)
 
 
@@ -100,7 +109,7 @@ def test_makes_its_table_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_blocks_larger_than_a_program() -> None:
     matrix = torch.zeros(3, CHUNK, device=DEVICE)
-    block = Block(nn.Parameter(torch.randn(2, CHUNK - 1, device=DEVICE)), matrix[1:, 1:], Module(1.0), False)
+    block = Block(nn.Parameter(torch.randn(2, CHUNK - 1, device=DEVICE)), matrix[1:, 1:], lora_of(1.0), False)
     copies_of([block]).refresh()
     assert torch.equal(block.target, block.source)
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -22,7 +23,7 @@ from hdl.kernels.linears import PackedLinear
 from hdl.kernels.scratch import Scratch
 from hdl.memory import plan
 from hdl.memory.offload import Offload, Things
-from hdl.memory.plan import FORMS, GIB, GPUS, Strategy, Work, fit, mix, need, step_ms
+from hdl.memory.plan import FORMS, GIB, GPUS, Strategy, Work, mix, need, step_ms
 from hdl.o1.config import read_config
 from hdl.o1.layout import Segment
 from tests.kernels.test_fused import SMALL, Case, adapted_model
@@ -34,10 +35,24 @@ SEGMENTS = [Segment(5, 2, 3), Segment(9, 3, 1)]
 RANK = 4
 
 
+CACHED = [thing for thing in vars(plan).values() if hasattr(thing, "cache_clear")]
+
+
 @pytest.fixture(autouse=True)
-def float32_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def float32_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(plan, "B16", 4)  # what is counted here is in float32
+    for cached in CACHED:
+        cached.cache_clear()
+    yield
+    for cached in CACHED:
+        cached.cache_clear()
+
+
+def in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "B16", 2)
+    for cached in CACHED:
+        cached.cache_clear()
 
 
 def bytes_of(things: Any, seen: set[int]) -> int:
@@ -90,7 +105,7 @@ def test_what_a_pack_holds_is_what_was_counted(weights: str) -> None:
 
 def test_nf4_takes_what_was_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """At a size where what is rounded up in its scales counts for little."""
-    monkeypatch.setattr(plan, "B16", 2)
+    in_bfloat16(monkeypatch)
     weight = torch.randn(512, 1024).bfloat16()
     from bitsandbytes.functional import quantize_4bit
 
@@ -106,31 +121,47 @@ def test_the_adapters_size(monkeypatch: pytest.MonkeyPatch) -> None:
     assert plan.adapter_numbers(REAL, 32) == 87_293_952
 
 
-def test_the_best_mix_is_the_best_of_all_mixes() -> None:
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(50):
-        points = [(int(b), float(t)) for b, t in torch.randint(1, 50, (3, 2), generator=generator).tolist()]
-        budget, count = int(torch.randint(1, 250, (1,), generator=generator)), 5
-        within = [c for c in product(range(3), repeat=count) if sum(points[i][0] for i in c) <= budget]
-        chosen = fit(points, count, budget)
-        assert (chosen is None) == (not within)
-        if chosen is not None:
-            assert len(chosen) == count and sum(points[i][0] for i in chosen) <= budget
-            best = min(sum(points[i][1] for i in c) for c in within)
-            ours = sum(points[i][1] for i in chosen)
-            # Three levels at once could use up a budget better, by less than one layer's worth.
-            assert best <= ours <= best + max(t for _, t in points)
+@pytest.mark.parametrize("gib", [1.2, 1.5, 1.8, 2.2, 2.6, 3.0])
+def test_the_best_mix_is_close_to_the_best_of_all_mixes(gib: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_bfloat16(monkeypatch)
+    config, work, gpu = replace(REAL, num_hidden_layers=5), Work.of_images(1024, 1024, 2, 160), GPUS["h100"]
+    memory = need(config, 32, work, Strategy("fp8_once", ("input",) * 5)).peak + (gib - 1.5) * GIB
+    within = [
+        (step_ms(config, 32, work, strategy, gpu), keep)
+        for keep in product(KEPT, repeat=5)
+        if need(config, 32, work, strategy := Strategy("fp8_once", keep)).peak <= memory
+    ]
+    chosen = plan.plan(config, 32, work, "fp8_once", "adamw", 1, memory, gpu, host=plan.Host(0))
+    assert (chosen is None) == (not within)
+    if chosen is not None:
+        assert need(config, 32, work, chosen).peak <= memory
+        # Three levels at once could use up what there is better, by less than one layer's worth.
+        most = max(plan.remade_ms(config, 32, work, level, "fp8_once", gpu) for level in KEPT)
+        assert min(within)[0] <= step_ms(config, 32, work, chosen, gpu) <= min(within)[0] + most
 
 
-# tools/bench.py on an H100 (docs/measurements.md, 2026-11-25), nothing recomputed: GiB reserved, ms. fp8 at 2048x1
-# was measured before LoRA was folded in. All had a bucket of 2e8 bfloat16 numbers, which is not made any more
-# (hdl/engine/sharding.py).
-BUCKET = 2 * 2e8 / GIB
+def test_what_layers_make_anew_is_counted_where_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While all is kept, if they are the last; when what the last ones kept has been let go, if they are the first."""
+    in_bfloat16(monkeypatch)
+    work = Work.of_images(2048, 2048, 1, 160)
+    mixed = ["input"] * 18 + ["everything"] * 18
+    lean_first, lean_last = (
+        need(REAL, 32, work, Strategy("fp8_once", tuple(keep))) for keep in (mixed, mixed[::-1])
+    )
+    more = plan.kept_bytes(REAL, 32, work, "everything") - plan.kept_bytes(REAL, 32, work, "input")
+    assert lean_first.activations == lean_last.activations
+    assert lean_last.workspace - lean_first.workspace == more
+
+
+# On H100s, nothing recomputed: GiB reserved, and ms a step. docs/measurements.md, 2026-11-25 (full) and 2026-11-26.
 MEASURED = [
-    ("full", (1024, 1024, 1), 20.9, 75.1),
+    ("full", (1024, 1024, 1), 20.9, 74.1),
     ("full", (1024, 1024, 4), 37.8, 266.3),
     ("full", (2048, 2048, 1), 36.0, 300.1),
-    ("fp8", (1024, 1024, 4), 38.6, 186.1),
+    ("fp8_once", (1024, 1024, 1), 15.17, 64.6),
+    ("fp8_once", (1024, 1024, 4), 32.17, 188.3),
+    ("fp8_once", (2048, 2048, 1), 30.37, 227.3),
+    ("nf4", (1024, 1024, 1), 11.58, 95.0),
 ]
 
 
@@ -138,16 +169,17 @@ MEASURED = [
 def test_predictions_agree_with_what_was_measured(
     weights: str, images: tuple[int, int, int], gib: float, ms: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan, "B16", 2)
+    in_bfloat16(monkeypatch)
     work = Work.of_images(*images, text=160)
     strategy = Strategy(weights, ("everything",) * 36)
-    assert need(REAL, 32, work, strategy).peak / GIB + BUCKET == pytest.approx(gib, rel=0.02)
+    # Rather too much than too little: room for holes among activations is counted, and not all have them.
+    assert 0.985 * gib < need(REAL, 32, work, strategy).peak / GIB < 1.04 * gib
     assert step_ms(REAL, 32, work, strategy, GPUS["h100"]) == pytest.approx(ms, rel=0.1)
 
 
 @pytest.mark.parametrize("card", [8, 12, 16, 24, 48])
 def test_a_plan_fits_its_card_and_leaves_little_of_it(card: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "B16", 2)
+    in_bfloat16(monkeypatch)
     work = Work.of_images(1024, 1024, 1, text=160)
     memory = (card - 1) * GIB
     found = plan.choices(REAL, 32, work, "adamw_8bit", 1, memory, GPUS["h100"])
@@ -236,15 +268,16 @@ def test_what_offloading_leaves_on_the_gpu(
     Case(config, SEGMENTS).run(model)
     assert here == 0
     sizes = [plan.kept_bytes(config, RANK, work, level) for level in levels]
-    assert most == plan.held_bytes(sizes, count) <= sum(sizes)
+    assert most == plan.held_bytes(sizes, count, [0] * len(sizes))[0] <= sum(sizes)
     assert sent == plan.sent_bytes(sizes, count)
     needs = [need(config, RANK, work, Strategy("full", tuple(levels), offload=n)) for n in (count, 0)]
-    assert needs[1].activations - needs[0].activations == sum(sizes) - most
+    fewer = (sum(sizes) - most) * (1 + plan.FRAGMENTS)
+    assert needs[1].activations - needs[0].activations == pytest.approx(fewer, abs=1)
     assert needs[0].activations_on_host == sent and needs[1].activations_on_host == 0
 
 
 def test_what_is_hidden_costs_nothing_and_the_rest_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "B16", 2)
+    in_bfloat16(monkeypatch)
     work, gpu = Work.of_images(2048, 2048, 1, text=160), GPUS["h100"]
 
     def ms(gpu: plan.Gpu = gpu, **settings: Any) -> float:
@@ -262,17 +295,17 @@ def test_what_is_hidden_costs_nothing_and_the_rest_its_time(monkeypatch: pytest.
 
 
 def test_the_hosts_memory_is_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "B16", 2)
+    in_bfloat16(monkeypatch)
     work = Work.of_images(2048, 2048, 1, text=160)
 
     def best(host: plan.Host) -> plan.Choice:
         return plan.choices(REAL, 32, work, "adamw", 1, 11 * GIB, GPUS["h100"], host)[0]
 
     free, bound, shared = (
-        best(plan.Host(*host)) for host in ((float("inf"), 1), (4 * GIB, 1), (20 * GIB, 8))
+        best(plan.Host(*host)) for host in ((float("inf"), 1), (3 * GIB, 1), (20 * GIB, 8))
     )
     assert free.strategy and bound.strategy and shared.strategy
-    assert free.need.on_host() > 4 * GIB >= bound.need.on_host() and bound.ms > free.ms
+    assert free.need.on_host() > 3 * GIB >= bound.need.on_host() and bound.ms > free.ms
     assert shared.need.on_host(8) <= 20 * GIB, "each of 8 GPUs sends its own activations"
 
 

@@ -1,6 +1,7 @@
 """Both forms of a checkpoint give the same model, and a spoiled one is named before a weight is read."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,8 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hdl.adapter.formats import read_adapter_file
+from hdl.adapter.into_checkpoint import merge_into_checkpoint
+from hdl.adapter.lora import adapter_parameters, attach, save_adapter
+from hdl.adapter.merge import Part
+from hdl.config import Lora
 from hdl.errors import HdlError
-from hdl.o1.checkpoint import TOKEN_TABLE, Checkpoint, load_model, open_checkpoint
+from hdl.memory.absent import bring_in
+from hdl.o1.checkpoint import TOKEN_TABLE, Checkpoint, expected_shapes, load_model, open_checkpoint
 from hdl.o1.prompt import PromptEncoder
 
 Tensors = dict[str, torch.Tensor]
@@ -227,3 +234,90 @@ def test_a_path_that_is_no_checkpoint_is_named(tmp_path: Path, single_file: Call
 def test_a_prompt_longer_than_the_gap_before_the_image_is_refused(tiny_base: Path) -> None:
     with pytest.raises(HdlError, match="too long: the image's positions start at 4096"):
         PromptEncoder(open_checkpoint(tiny_base)).ids("word " * 5000)
+
+
+# Scaled fp8, as ComfyUI has it.
+
+
+@pytest.fixture
+def fp8_file(tiny_base: Path, tmp_path: Path) -> Path:
+    """What tools/merge.py writes of a base and an adapter."""
+    base = open_checkpoint(tiny_base)
+    adapted = attach(load_model(base, "cpu", torch.float32), Lora(rank=2), "", 0)
+    weights = {name: torch.randn(p.shape) * 0.05 for name, p in adapter_parameters(adapted).items()}
+    save_adapter(adapted, weights, tmp_path / "lora")
+    part = Part("lora", read_adapter_file(tmp_path / "lora"), 0.5)
+    for form in ("fp8", "bf16"):
+        merge_into_checkpoint(tmp_path / f"{form}.safetensors", base, [part], form, "cpu")
+    return tmp_path / "fp8.safetensors"
+
+
+def test_an_fp8_file_is_read_as_what_it_stands_for(fp8_file: Path, tiny_base: Path) -> None:
+    scaled, full = (
+        open_checkpoint(file, config_from=tiny_base)
+        for file in (fp8_file, fp8_file.with_name("bf16.safetensors"))
+    )
+    stored = load_file(fp8_file)
+    linears = scaled.decoder_matrices()
+    assert len(linears) == 28 and linears == full.decoder_matrices()
+    for name in linears:
+        key = name.removeprefix("model.")
+        exact = stored[key].double() * stored[f"{key.removesuffix('weight')}scale_weight"].double()
+        assert torch.equal(scaled.read(name, "cpu", torch.float64), exact)
+        in_bfloat16 = scaled.read(name, "cpu", torch.bfloat16)
+        assert torch.equal(in_bfloat16, exact.float().bfloat16())
+        right = full.read(name, "cpu", torch.float32)
+        assert (in_bfloat16 - right).norm() / right.norm() < 0.05
+    assert scaled.entries.keys() == full.entries.keys() and scaled.fingerprint() == full.fingerprint()
+    others = set(expected_shapes(scaled.config)) - set(linears)
+    assert all(
+        torch.equal(scaled.read(n, "cpu", torch.float32), full.read(n, "cpu", torch.float32)) for n in others
+    )
+    packed = load_model(scaled, "cpu", torch.float32, absent=True)
+    bring_in(packed)
+    whole = load_model(scaled, "cpu", torch.float32).state_dict()
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in packed.state_dict().items())
+
+
+def test_an_fp8_file_can_be_merged_into(fp8_file: Path, tiny_base: Path, tmp_path: Path) -> None:
+    """Again in fp8 without a loss, for nothing is added; and in bfloat16, whose linears no scale goes with."""
+    base = open_checkpoint(fp8_file, config_from=tiny_base)
+    for form in ("fp8", "bf16"):
+        out = tmp_path / f"again-{form}.safetensors"
+        merge_into_checkpoint(out, base, [], form, "cpu")
+        again = open_checkpoint(out, config_from=tiny_base)
+        for name in again.decoder_matrices():
+            expected = base.read(name, "cpu", torch.float32)
+            found = again.read(name, "cpu", torch.float32)
+            assert torch.equal(found, expected.bfloat16().float() if form == "bf16" else expected)
+
+
+def test_a_scale_tells_one_base_from_another(fp8_file: Path, tiny_base: Path) -> None:
+    first = open_checkpoint(fp8_file, config_from=tiny_base)
+    names, times = first.decoder_matrices(), fp8_file.stat()
+    identity = first.identity(names)
+    stored = load_file(fp8_file)
+    stored["language_model.layers.0.mlp.up_proj.scale_weight"] *= 2
+    save_file(stored, fp8_file)
+    os.utime(fp8_file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert open_checkpoint(fp8_file, config_from=tiny_base).identity(names) != identity
+
+
+def test_scales_that_cannot_be_used(fp8_file: Path, tiny_base: Path) -> None:
+    stored = load_file(fp8_file)
+    linear = "language_model.layers.0.mlp.up_proj"
+    rows = len(stored[f"{linear}.weight"])
+    for change, message in (
+        ({f"{linear}.scale_weight": torch.ones(rows)}, rf"F8_E4M3 with a scale \[{rows}\]"),
+        ({f"{linear}.weight": stored[f"{linear}.weight"].bfloat16()}, r"is BF16 with a scale \[\]"),
+        (
+            {"language_model.layers.0.mlp.other.scale_weight": torch.ones(())},
+            "other.scale_weight without the weights",
+        ),
+    ):
+        save_file(stored | change, fp8_file)
+        with pytest.raises(HdlError, match=message):
+            open_checkpoint(fp8_file, config_from=tiny_base)
+    inputs = {f"{linear}.scale_input": torch.ones(())}
+    save_file(stored | inputs, fp8_file)
+    assert not [name for name in open_checkpoint(fp8_file, config_from=tiny_base).entries if "scale" in name]

@@ -1,8 +1,10 @@
 """What tools/sample.py draws, how it names it, and what it refuses."""
 
 import json
+import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from hdl.o1.checkpoint import load_model, open_checkpoint
 from hdl.sample.album import Album, columns_of
 from hdl.sample.draw import Studio, Wanted
 from hdl.sample.generate import SamplerSettings
+from hdl.sample.path import PathOptions
 from hdl.sample.sizes import NATIVE, parse_size
 
 FAST = SamplerSettings("full", steps=3, guidance_scale=5.0, shift=3.0)
@@ -84,6 +87,63 @@ def test_a_grid_of_prompts_seeds_and_adapters(tmp_path: Path, tiny_base: Path, l
 
     with pytest.raises(HdlError, match=r"grid\.png is already there; nothing was drawn"):
         Album(out, ["a fox"], [0], columns_of({}, [1.0], False), width=32, height=32)
+
+
+def test_streamed_and_fp8_layers_draw_nearly_the_same(
+    tiny_base: Path, loras: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights are read straight into their form; adapters go on and off over them. Unguided and with a weak adapter:
+    the random base makes anything of stronger ones."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    unguided = replace(FAST, guidance_scale=1.0)
+    wanted = [
+        Wanted(prompt, seed, 64, 96, adapters)
+        for adapters in ({}, {"look": 0.005})
+        for seed, prompt in enumerate(["a fox", "two foxes at sea"])
+    ]
+    plain, streamed, fp8 = (
+        [
+            pixels(drawing.image)
+            for drawing in Studio(tiny_base, "cpu", adapters={"look": loras[0]}, options=options).draw(
+                wanted, unguided, 2
+            )
+        ]
+        for options in (PathOptions(), PathOptions(stream=3, kernels="fused"), PathOptions("fp8"))
+    )
+    for one, same, near in zip(plain, streamed, fp8):
+        assert np.abs(same - one).max() <= 1
+        assert 0.05 < np.abs(near - one).mean() < 10
+    assert np.abs(plain[2] - plain[0]).mean() > 20
+
+
+def test_the_tool_takes_the_decoders_options(tmp_path: Path, tiny_base: Path) -> None:
+    def draw(name: str, *more: str) -> subprocess.CompletedProcess[str]:
+        line = [
+            sys.executable, "tools/sample.py", str(tmp_path / name), "--base", str(tiny_base), "--prompt", "a fox",
+            "--size", "32x32", "--steps", "1", *more,
+        ]  # fmt: skip
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        return subprocess.run(line, capture_output=True, text=True, env=environment)
+
+    done = draw("out", "--weights", "fp8", "--stream", "2", "--kernels", "fused")
+    assert done.returncode == 0, done.stderr
+    about = json.loads(Image.open(tmp_path / "out" / "000-seed0.png").info["hdl"])
+    assert about["weights"] == "fp8"
+    refused = draw("no", "--stream", "9", "--kernels", "fused")
+    assert refused.returncode == 1 and "stream 9: the model has" in refused.stderr
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_form_is_the_studios_own(tiny_base: Path) -> None:
+    """No weight of the decoder's layers is there in full beside it."""
+    studio = Studio(tiny_base, "cpu", options=PathOptions(weights="fp8"))
+    layers = studio.model.get_submodule("model.language_model.layers")
+    full = [
+        m
+        for m in layers.modules()
+        if isinstance(m, torch.nn.Linear) and m.weight.untyped_storage().size() > 4
+    ]
+    assert not full
 
 
 def test_bad_wishes_are_refused_before_anything_is_drawn(

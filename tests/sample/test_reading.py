@@ -76,7 +76,7 @@ def test_steps_compute_no_text(model: O1) -> None:
 
 
 def test_a_replaced_decoder_is_run_whole(model: O1, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the fused path's is: nothing may go around it."""
+    """Nothing may go around what somebody has put there."""
     text, z, t = run_of(MIXED, 64)
     layout = lay_out(MIXED)
     decoder = model.model.language_model

@@ -1,0 +1,38 @@
+"""The model as DeepSpeed's ZeRO-3 has it, built tensor by tensor: no rank ever holds more of it than its shares and one
+tensor.
+
+The frozen weights are read one at a time, all ranks the same one, and DeepSpeed keeps this rank's part of each before the
+next is read. The adapter comes later and is divided with the rest when the engine is made.
+"""
+
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+
+from hdl.o1.checkpoint import Checkpoint
+from hdl.o1.decoder import O1
+
+
+def load_partitioned(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, settings: dict[str, Any]
+) -> O1:
+    """As hdl.o1.checkpoint.load_model, with every weight divided over the ranks, who all call it. settings:
+    DeepSpeed's, as its engine will have them."""
+    with torch.device("meta"):
+        model = O1(checkpoint.config)
+    deepspeed.init_distributed(dist_init_required=False)  # the process group that there is
+    names = [name for name, _ in model.named_parameters()]
+    partition = None
+    for name, value in checkpoint.read_all(names, device, dtype):
+        weight = nn.Parameter(value, requires_grad=False)
+        del value  # or it would stay until the next one has been read
+        module, _, last = name.rpartition(".")
+        setattr(model.get_submodule(module), last, weight)
+        if partition is None:  # DeepSpeed makes what divides from a module, and leaves it with its weights
+            deepspeed.zero.Init(module=nn.ParameterList([weight]), config_dict_or_path=settings)
+            partition = weight.convert_to_zero_parameters  # type: ignore[attr-defined]
+        else:
+            partition(param_list=[weight])
+    return model.requires_grad_(False).eval()
