@@ -38,8 +38,8 @@ class View:
 
 @dataclass(frozen=True)
 class Look:
-    """Images ready for the tower, on the CPU. pixels: float32 [n, C], the tower's own patches of all images; grid:
-    int64 [K, 3], how many frames, rows and columns of them each image has."""
+    """Images ready for the tower. pixels: float32 [n, C], the tower's own patches of all images; grid:
+    int64 [K, 3], on the CPU, how many frames, rows and columns of them each image has."""
 
     pixels: Tensor
     grid: Tensor
@@ -49,10 +49,11 @@ class Look:
         return cls(torch.cat([look.pixels for look in looks]), torch.cat([look.grid for look in looks]))
 
     def pinned(self) -> "Look":
-        return Look(self.pixels.pin_memory(), self.grid.pin_memory())
+        return Look(self.pixels.pin_memory(), self.grid)
 
     def to(self, device: torch.device | str) -> "Look":
-        return Look(*(part.to(device, non_blocking=True) for part in (self.pixels, self.grid)))
+        """Its pixels there; the grid is read here, without waiting for a GPU."""
+        return Look(self.pixels.to(device, non_blocking=True), self.grid)
 
 
 class Eyes:
