@@ -295,9 +295,9 @@ def sent_bytes(sizes: Sequence[int], offload: int) -> int:
     return sum(sizes[i] for i in carried(offload, len(sizes))[: moved(offload)])
 
 
-def step_ms(config: O1Config, rank: int, work: Work, strategy: Strategy, gpu: Gpu) -> float:
-    """A whole step: products and attention of all layers both ways, the passes between them, LoRA's, and what
-    is made anew; or the copies from and to the host, where they take longer."""
+def passes_ms(config: O1Config, rank: int, work: Work, strategy: Strategy, gpu: Gpu) -> tuple[float, float]:
+    """What all layers compute forward and backward: products and attention, the passes between them, LoRA's, and what
+    is made anew."""
     s, d, m = work.tokens, config.hidden_size, config.intermediate_size
     p = packs(config, rank)
     inputs, gradients = 3 * d + m, p["qkv"].n + p["gate_up"].n + 2 * d  # columns of a layer's products
@@ -331,6 +331,13 @@ def step_ms(config: O1Config, rank: int, work: Work, strategy: Strategy, gpu: Gp
     )
     forward = multiplied(back=False) + layers * (attention / 3.5 + passed(up))
     backward = multiplied(back=True) + layers * (attention / 3.5 * 2.5 + passed(down)) + again
+    return forward, backward
+
+
+def step_ms(config: O1Config, rank: int, work: Work, strategy: Strategy, gpu: Gpu) -> float:
+    """A whole step: both passes, or the copies from and to the host, where they take longer; and what is around."""
+    d, p = config.hidden_size, packs(config, rank)
+    forward, backward = passes_ms(config, rank, work, strategy, gpu)
     block = sum(block_bytes(pack, strategy.weights) for pack in p.values())
     weights = max(strategy.stream - 2, 0) * block  # two blocks each way are there already
     things = sent_bytes(_sizes(config, rank, work, strategy), strategy.offload)
