@@ -10,24 +10,21 @@ backward, clipping, optimizer. Arms: stock (transformers, PEFT, full checkpointi
 
 import argparse
 import json
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from hdl.bench.arms import ARMS, Setup
 from hdl.bench.cases import all_cases
+from hdl.bench.command import check_counts, check_gpu, check_json, machine, random_checkpoint
 from hdl.bench.report import as_data, as_markdown
 from hdl.bench.run import run_cases
 from hdl.config import Lora
 from hdl.engine.processes import Processes, process_group
-from hdl.errors import HdlError, command_line
-from hdl.o1.checkpoint import open_checkpoint
+from hdl.errors import command_line
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG_8B = ROOT / "tests/o1/o1-8b-config.json"
@@ -77,32 +74,18 @@ def arguments() -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> None:
     """HdlError for what cannot work, before anything is built."""
-    if args.steps < FEWEST_STEPS:
-        raise HdlError(f"--steps {args.steps}: at least {FEWEST_STEPS} are needed for a median")
-    for name in ("warmup", "rank"):
-        if getattr(args, name) < 1:
-            raise HdlError(f"--{name} {getattr(args, name)}: expected at least 1")
-    if not torch.cuda.is_available():
-        if not args.tiny:
-            raise HdlError(
-                "no CUDA GPU here, and the 8B model needs one; --tiny measures a tiny model on the CPU"
-            )
-        if args.profile:
-            raise HdlError("--profile: shows where a GPU's time goes, and there is no CUDA GPU here")
-    if args.json and not args.json.resolve().parent.is_dir():
-        raise HdlError(f"--json {args.json}: no folder {args.json.parent}")
+    check_counts(args, FEWEST_STEPS)
+    check_gpu(args.tiny, args.profile)
+    check_json(args.json)
 
 
 @contextmanager
 def common_setup(args: argparse.Namespace) -> Iterator[Setup]:
     on_gpu = torch.cuda.is_available()
     config = CONFIG_TINY if args.tiny else CONFIG_8B
-    with tempfile.TemporaryDirectory() as folder:  # a checkpoint's folder holds a config.json
-        shutil.copy(config, Path(folder) / "config.json")
-        checkpoint = open_checkpoint(folder, random_init=True)
     with processes_for(args.engine) as processes:
         yield Setup(
-            checkpoint=checkpoint,
+            checkpoint=random_checkpoint(config),
             config_file=config,
             lora=Lora(rank=args.rank, alpha=args.rank),
             dtype=torch.bfloat16 if on_gpu else torch.float32,
@@ -119,11 +102,6 @@ def processes_for(engine: str) -> Iterator[Processes]:
             yield processes
     else:
         yield Processes(0, 1, torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    return {"device": name, "torch": torch.__version__}
 
 
 if __name__ == "__main__":

@@ -10,18 +10,16 @@ Random weights of the 8B model's shapes with a LoRA on them, random prompts; Uni
 
 import argparse
 import json
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
 
+from hdl.bench.command import check_counts, check_gpu, check_json, machine, random_checkpoint
 from hdl.bench.draw_arms import ARMS, STEPS, DrawSetup, draw_cases
 from hdl.bench.draw_run import as_data, as_markdown, run_draw_cases
 from hdl.config import Lora
 from hdl.errors import HdlError, command_line
-from hdl.o1.checkpoint import open_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG_8B = ROOT / "tests/o1/o1-8b-config.json"
@@ -35,11 +33,8 @@ def main() -> None:
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
     config = CONFIG_TINY if args.tiny else CONFIG_8B
-    with tempfile.TemporaryDirectory() as folder:  # a checkpoint's folder holds a config.json
-        shutil.copy(config, Path(folder) / "config.json")
-        checkpoint = open_checkpoint(folder, random_init=True)
     setup = DrawSetup(
-        checkpoint, config, Lora(rank=args.rank, alpha=args.rank), device,
+        random_checkpoint(config), config, Lora(rank=args.rank, alpha=args.rank), device,
         torch.bfloat16 if on_gpu else torch.float32,
     )  # fmt: skip
     results = run_draw_cases(
@@ -51,12 +46,7 @@ def main() -> None:
         profiled=args.profile,
         say=lambda text: print(text, file=sys.stderr, flush=True),
     )
-    about = {
-        "device": torch.cuda.get_device_name(device) if on_gpu else "CPU",
-        "torch": torch.__version__,
-        "rank": args.rank,
-        "tiny": args.tiny,
-    }
+    about = machine(device) | {"rank": args.rank, "tiny": args.tiny}
     print(f"{', '.join(f'{name} {value}' for name, value in about.items())}\n\n{as_markdown(results)}")
     if args.json:
         data = about | {"warmup": args.warmup, "cases": as_data(results)}
@@ -82,24 +72,13 @@ def arguments() -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> None:
     """HdlError for what cannot work, before anything is built."""
-    if args.steps < FEWEST_STEPS:
-        raise HdlError(f"--steps {args.steps}: at least {FEWEST_STEPS} are needed for a median")
-    for name in ("warmup", "rank"):
-        if getattr(args, name) < 1:
-            raise HdlError(f"--{name} {getattr(args, name)}: expected at least 1")
+    check_counts(args, FEWEST_STEPS)
     if args.warmup + 1 + args.steps > STEPS:
         raise HdlError(
             f"--warmup {args.warmup} and --steps {args.steps}: a picture has {STEPS} steps, one of them uncounted"
         )
-    if not torch.cuda.is_available():
-        if not args.tiny:
-            raise HdlError(
-                "no CUDA GPU here, and the 8B model needs one; --tiny measures a tiny model on the CPU"
-            )
-        if args.profile:
-            raise HdlError("--profile: shows where a GPU's time goes, and there is no CUDA GPU here")
-    if args.json and not args.json.resolve().parent.is_dir():
-        raise HdlError(f"--json {args.json}: no folder {args.json.parent}")
+    check_gpu(args.tiny, args.profile)
+    check_json(args.json)
 
 
 if __name__ == "__main__":

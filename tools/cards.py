@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from hdl.bench.cards import ROWS, Row, Setting, planned, random_settings, reference, standing
+from hdl.bench.command import check_gpu, check_json
 from hdl.errors import HdlError, command_line
 from hdl.memory.host import available
 from hdl.memory.plan import GIB, GPUS, Host
@@ -233,15 +234,8 @@ def check(args: argparse.Namespace) -> None:
     for name, value, fine in tests:
         if not fine(value):
             raise HdlError(f"--{name} {value}: too few")
-    if args.json and not args.json.resolve().parent.is_dir():
-        raise HdlError(f"--json {args.json}: no folder {args.json.parent}")
-    if not args.tiny:
-        import torch
-
-        if not torch.cuda.is_available():
-            raise HdlError(
-                "no CUDA GPU here, and the 8B model needs one; --tiny measures a tiny model on the CPU"
-            )
+    check_json(args.json)
+    check_gpu(args.tiny)
 
 
 def arguments() -> argparse.Namespace:

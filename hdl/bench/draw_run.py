@@ -8,8 +8,7 @@ replays.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 from hdl.bench.draw_arms import STEPS, STOCK, DrawArm, DrawCase, DrawSetup
 from hdl.bench.profile import Profile, record_kernels, summarize
 from hdl.bench.report import GIB, profile_tables, table
-from hdl.bench.timing import Held, give_back
+from hdl.bench.timing import Held, Say, built, give_back
 
 READS = 3
 PROFILED_STEPS = 3
@@ -31,7 +30,6 @@ NOTES = f"""\
 step: the sampler's whole step, both branches of all pictures; s a {STEPS} steps: reading and that many of the median.
 text in every step: the same decoder without kept keys and values. GiB: peaks of the arm's own beginning (reading, a
 plain step, capture, replays), less what the other arms hold. off stock: relative distance of the first x_pred."""
-Say = Callable[[str], None]
 
 
 @dataclass
@@ -76,25 +74,8 @@ def run_draw_cases(
     *, steps: int, warmup: int, profiled: bool, say: Say,
 ) -> list[DrawResult]:  # fmt: skip
     """Measure every case with all arms, which are resident together."""
-    with _built(names, setup, say) as (arms, held):
+    with built(names, lambda name: DrawArm(name, setup), setup.device, say) as (arms, held):
         return [_measure(case, arms, held, steps, warmup, profiled, say) for case in cases]
-
-
-@contextmanager
-def _built(names: Sequence[str], setup: DrawSetup, say: Say) -> Iterator[tuple[list[DrawArm], Held]]:
-    held, arms = Held(setup.device), list[DrawArm]()
-    try:
-        for name in names:
-            with held.by(name):
-                arms.append(DrawArm(name, setup))
-            allocated, _ = held.by_arm[name]
-            say(f"built {name}" + (f", {allocated / GIB:.1f} GiB" if allocated else ""))
-        yield arms, held
-    finally:
-        for arm in arms:
-            arm.close()
-        arms.clear()
-        give_back()
 
 
 def _measure(

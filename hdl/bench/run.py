@@ -6,9 +6,9 @@ because they are not from alternating steps.
 """
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -16,11 +16,10 @@ from hdl.bench.arms import STOCK, Arm, Setup
 from hdl.bench.cases import Case, useful_flops
 from hdl.bench.ceilings import attention_ceiling, fp8_gemm_ceiling, gemm_ceiling
 from hdl.bench.profile import Profile, record_kernels, summarize
-from hdl.bench.timing import Held, Measured, give_back, measure, step_batches
+from hdl.bench.timing import Measured, Say, built, give_back, measure, step_batches
 from hdl.kernels.backend import has_fp8
 
 PROFILED_STEPS = 3
-Say = Callable[[str], None]
 
 
 @dataclass
@@ -54,7 +53,7 @@ def run_cases(
         say(f"{result.case.name}: ceilings in TFLOP/s: {_figures(result.ceilings)}")
 
     def run(group: Sequence[str], todo: Sequence[Case]) -> None:
-        with built(group, setup, say) as (arms, held):
+        with built(group, partial(_arm, setup, say), setup.device, say) as (arms, held):
             for case in todo:
                 found = measure(case, arms, held, setup.checkpoint.config, steps, warmup)
                 if STOCK in found:
@@ -92,24 +91,10 @@ def run_cases(
     return list(results.values())
 
 
-@contextmanager
-def built(names: Sequence[str], setup: Setup, say: Say) -> Iterator[tuple[list[Arm], Held]]:
-    """The arms, all resident, and what each holds; their memory is free again afterwards."""
-    held, arms = Held(setup.device), list[Arm]()
-    try:
-        for name in names:
-            with held.by(name):
-                arms.append(Arm(name, setup))
-            allocated, _ = held.by_arm[name]
-            say(f"built {name}" + (f", {allocated / 2**30:.1f} GiB" if allocated else ""))
-            if name == "fp8" and not has_fp8(setup.device):
-                say("no fp8 arithmetic here (Ada GPUs and newer have it): arm fp8 is the same as bf16")
-        yield arms, held
-    finally:
-        for arm in arms:
-            arm.close()
-        arms.clear()
-        give_back()
+def _arm(setup: Setup, say: Say, name: str) -> Arm:
+    if name == "fp8" and not has_fp8(setup.device):
+        say("no fp8 arithmetic here (Ada GPUs and newer have it): arm fp8 is the same as bf16")
+    return Arm(name, setup)
 
 
 def _fits(run: Callable[[], None]) -> bool:

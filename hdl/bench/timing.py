@@ -13,20 +13,30 @@ that another arm reserved.
 
 import gc
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import median
+from typing import Protocol, TypeVar
 
 import torch
 
 from hdl.bench.arms import Arm
 from hdl.bench.cases import Case, packs, useful_flops
 from hdl.data.batches import Batch
+from hdl.memory.host import GIB
 from hdl.o1.config import O1Config
 
 MIXED_WARMUP = 5
 UNTIMED = 1_000_000  # steps from there on are never timed
+Say = Callable[[str], None]
+
+
+class Closes(Protocol):
+    def close(self) -> None: ...
+
+
+A = TypeVar("A", bound=Closes)
 
 
 @dataclass
@@ -83,6 +93,26 @@ class Held:
             return 0, 0
         give_back()
         return torch.cuda.memory_allocated(self.device), torch.cuda.memory_reserved(self.device)
+
+
+@contextmanager
+def built(
+    names: Sequence[str], make: Callable[[str], A], device: torch.device, say: Say
+) -> Iterator[tuple[list[A], Held]]:
+    """The arms, all resident, and what each holds; their memory is free again afterwards."""
+    held, arms = Held(device), list[A]()
+    try:
+        for name in names:
+            with held.by(name):
+                arms.append(make(name))
+            allocated, _ = held.by_arm[name]
+            say(f"built {name}" + (f", {allocated / GIB:.1f} GiB" if allocated else ""))
+        yield arms, held
+    finally:
+        for arm in arms:
+            arm.close()
+        arms.clear()
+        give_back()
 
 
 def give_back() -> None:

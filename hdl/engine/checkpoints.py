@@ -117,8 +117,10 @@ def write_checkpoint(
     tensors: Mapping[str, Mapping[str, Tensor]],
     about: Mapping[str, dict[str, str]] | None = None,
 ) -> Path:
-    """Make folder/step-NNNNNN of files by name; about: what those of tensors say of themselves. OSError or SafetensorError when it cannot be written; what was
-    there before, one of the same step included, is not touched then."""
+    """Make folder/step-NNNNNN of files by name; about: what those of tensors say of themselves.
+
+    OSError when it cannot be written; what was there before, one of the same step included, is not touched then.
+    """
     final = path_of(folder, step)
     partial = folder / f".{final.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)

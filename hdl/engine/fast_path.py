@@ -8,7 +8,7 @@ from peft import PeftModel
 
 from hdl.config import Run
 from hdl.engine.processes import Processes
-from hdl.engine.sharding import read_strategy
+from hdl.engine.sharding import divides_weights
 from hdl.errors import HdlError
 from hdl.kernels.fuse import (
     cannot_fuse,
@@ -190,6 +190,6 @@ def _plain_because(run: Run, device: torch.device) -> str | None:
         return "model.kernels is plain"
     if run.model.kernels == "auto" and device.type == "cpu" and run.model.weights == "full":
         return "a CPU gains nothing from fused ones"
-    if read_strategy(run.train.deepspeed)["zero_optimization"]["stage"] == 3:
+    if divides_weights(run.train):
         return "ZeRO-3 shards the frozen weights"
     return None

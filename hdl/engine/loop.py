@@ -33,7 +33,7 @@ from hdl.engine.held_out import HeldOut
 from hdl.engine.processes import Processes
 from hdl.engine.run_folder import Found, RunFolder
 from hdl.engine.saving import Saver, restore
-from hdl.engine.sharding import check_optimizer, is_zero3, read_strategy, settings_of, shard, shares
+from hdl.engine.sharding import check_optimizer, divides_weights, read_strategy, settings_of, shard, shares
 from hdl.engine.skipping import Skipping, described, drop_gradient, holds_back, keep_to_schedule
 from hdl.engine.step import Measured, TrainStep
 from hdl.engine.validation import Validation, save_picture
@@ -128,7 +128,7 @@ def _train(run: Run, processes: Processes, signals: Signals, watch: Watch) -> in
     run = prepared.run
     found: Found = processes.gather(prepared.found)[0]
     dtype = _dtype(run, processes)
-    if is_zero3(run.train):
+    if divides_weights(run.train):
         settings = settings_of(run.train, dtype, processes.world)
         model = load_partitioned(prepared.checkpoint, processes.device, dtype, settings)
     else:

@@ -100,7 +100,7 @@ class Saver:
         if writing:
             try:
                 self.newest = writing.result()
-            except (OSError, SafetensorError) as error:
+            except OSError as error:
                 self._problem = HdlError(
                     f"a checkpoint could not be written to {self.folder} ({error}); earlier ones are intact"
                 )

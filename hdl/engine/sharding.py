@@ -142,7 +142,7 @@ def settings_of(train: Train, dtype: torch.dtype, world: int) -> dict[str, Any]:
     }
 
 
-def is_zero3(train: Train) -> bool:
+def divides_weights(train: Train) -> bool:
     """Whether DeepSpeed divides the frozen weights over the ranks."""
     return bool(read_strategy(train.deepspeed)["zero_optimization"]["stage"] == 3)
 
@@ -155,15 +155,14 @@ def shard(
     settings = settings_of(train, dtype, processes.world)
     zero = settings["zero_optimization"]
     if zero["stage"] == 3:
-        for (
-            p
-        ) in parameters:  # DeepSpeed does so itself, but for a model of which it has divided parts already
+        # DeepSpeed does so itself, but for a model of which it has divided parts already
+        for p in parameters:
             p.data = p.data.to(dtype)
     else:
         zero.setdefault("reduce_bucket_size", bucket_size(model, parameters))
-    if processes.world == 1 and zero["stage"] < 3:
-        # there is nothing to overlap, and for the right to it every backward waits for the GPU
-        zero["overlap_comm"] = False
+        if processes.world == 1:
+            # there is nothing to overlap, and for the right to it every backward waits for the GPU
+            zero["overlap_comm"] = False
     optimizer = build_optimizer(train, parameters, processes.rank)
     kind = {"constant": "constant_with_warmup", "cosine": "cosine"}[train.schedule]
     scheduler = get_scheduler(kind, optimizer, train.warmup_steps, train.steps)

@@ -19,14 +19,13 @@ comes inside, to and from host memory that is there beforehand.
 """
 
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from hdl.kernels.attention import Frame, needs_exact_frame
+from hdl.kernels.captures import Captures
 from hdl.kernels.layer import Run, rehearse
 from hdl.kernels.pieces import Pieces
 from hdl.o1.layout import Layout, Segment
@@ -82,14 +81,12 @@ class Forward:
     """A replayed forward pass, alive as long as its backward can come."""
 
 
-class Graphs:
+class Graphs(Captures[Captured]):
     """Stands in for a decoder's training passes."""
 
     def __init__(self, decoder: "FusedDecoder") -> None:
+        super().__init__(enabled=decoder.shared.flat.is_cuda)
         self.decoder = decoder
-        self.captured: list[Captured] = []  # least recently used first
-        self._pool: Any = None
-        self._enabled = decoder.shared.flat.is_cuda
         self._open: weakref.ref[Forward] | None = None  # the one whose backward is still to come
 
     def __call__(self, x: Tensor, layout: Layout) -> Tensor | None:
@@ -101,29 +98,11 @@ class Graphs:
             return None
         return _Replay.apply(self.decoder.shared.flat, self, captured, x, layout)  # type: ignore[no-any-return,no-untyped-call]
 
-    def drop(self) -> bool:
-        """Give the graphs' memory back; whether there was any."""
-        held = bool(self.captured)
-        self.captured.clear()
-        self._pool = None
-        torch.cuda.empty_cache()
-        return held
-
     def start_over(self) -> None:
         """Capture anew, with the memory that there is now."""
         self.drop()
         self._enabled = self.decoder.shared.flat.is_cuda
         self._open = None
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Take plain passes in here: a profile sees who launched what. Graphs are captured anew afterwards."""
-        self.drop()
-        enabled, self._enabled = self._enabled, False
-        try:
-            yield
-        finally:
-            self._enabled = enabled
 
     def _graph_for(self, x: Tensor, layout: Layout) -> Captured | None:
         serving = [c for c in self.captured if c.frame.serves(layout)]
@@ -142,17 +121,12 @@ class Graphs:
 
     def _capture(self, x: Tensor, layout: Layout) -> Captured | None:
         frame = Frame.of(layout, exact=needs_exact_frame(x.device, x.dtype))
-        while True:
-            try:
-                self._rehearse(frame, x, layout)
-                self._pool = self._pool or torch.cuda.graph_pool_handle()
-                return Captured(self.decoder, frame, x, layout, self._pool)
-            except torch.OutOfMemoryError:
-                if self.drop():
-                    continue  # with the memory of the others
-                self._enabled = False  # what graphs hold between steps is not there for anything else
-                print("not enough memory for CUDA graphs: small steps stay bound by the CPU")
-                return None
+
+        def capture() -> Captured:
+            self._rehearse(frame, x, layout)
+            return Captured(self.decoder, frame, x, layout, self.pool())
+
+        return self.with_room(capture)
 
     def _rehearse(self, frame: Frame, x: Tensor, layout: Layout) -> None:
         decoder = self.decoder

@@ -11,14 +11,14 @@ raced; the second is captured. Adapters are brought into the packed weights befo
 """
 
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from hdl.kernels.attention import needs_exact_frame
+from hdl.kernels.captures import Captures
 from hdl.kernels.layer import Made, Run, forward_only
 from hdl.kernels.picture_attention import OfLayer, PictureAttention, PictureFrame, TextAttention
 from hdl.kernels.rms_norm import rms_norm
@@ -135,7 +135,7 @@ class CapturedStep:
         return self.out
 
 
-class StepGraphs:
+class StepGraphs(Captures[CapturedStep]):
     """Stand in for a decoder's steps on a GPU, where all of its layers are resident.
 
     Streamed layers take longer to arrive than their kernels to be launched, and a model that is trained needs the
@@ -143,9 +143,7 @@ class StepGraphs:
     """
 
     def __init__(self) -> None:
-        self.captured: list[CapturedStep] = []  # least recently used first
-        self._pool: Any = None
-        self._enabled = True
+        super().__init__(enabled=True)
 
     def __call__(self, reading: Reading, x: Tensor, capture: bool) -> Tensor | None:
         """As Reading.step, or None where it has to be a plain one. capture: whether a step like it was plain before."""
@@ -153,38 +151,8 @@ class StepGraphs:
         if captured:
             self.captured.remove(captured)
         elif capture and self._enabled:
-            captured = self._capture(reading, x)
+            captured = self.with_room(lambda: CapturedStep(reading, x, self.pool()))
         if captured is None:
             return None
         self.captured = [*self.captured[-MAX_GRAPHS + 1 :], captured]
         return captured.replay(reading, x)
-
-    def drop(self) -> bool:
-        """Give the graphs' memory back; whether there was any."""
-        held = bool(self.captured)
-        self.captured.clear()
-        self._pool = None
-        torch.cuda.empty_cache()
-        return held
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Take plain steps in here: a profile sees who launched what. Graphs are captured anew afterwards."""
-        self.drop()
-        enabled, self._enabled = self._enabled, False
-        try:
-            yield
-        finally:
-            self._enabled = enabled
-
-    def _capture(self, reading: Reading, x: Tensor) -> CapturedStep | None:
-        while True:
-            try:
-                self._pool = self._pool or torch.cuda.graph_pool_handle()
-                return CapturedStep(reading, x, self._pool)
-            except torch.OutOfMemoryError:
-                if not self.drop():
-                    break
-        self._enabled = False
-        print("not enough memory for CUDA graphs: small steps stay bound by the CPU")
-        return None
