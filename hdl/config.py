@@ -146,6 +146,9 @@ class Data(Section):
     """Mirror half of the samples that were prepared as having no right way round."""
     caption_dropout: float = Field(0.1, ge=0, le=1)
     """Share of samples trained with the empty prompt."""
+    trigger: str | None = Field(None, min_length=1)
+    """The phrase by which captions call for what is taught. With it, `preserve` knows how to ask without, validation what
+    to compare, and the adapter's file says what it answers to."""
 
     @model_validator(mode="after")
     def _one_form(self) -> "Data":
@@ -183,6 +186,20 @@ class Flow(Section):
     """Moves the levels: s(x) = shift x / (1 + (shift - 1) x); 1 leaves them."""
     weighting: Literal["x0", "velocity"] = "x0"
     """Error in the clean image, or in the velocity (x0 error / sigma^2)."""
+
+
+class Preserve(Section):
+    """Prior preservation: some draws are asked for without the trigger phrase, and pulled to what the base itself
+    predicts for them instead of to their pictures."""
+
+    share: float = Field(0.25, ge=0, lt=1)
+    """Of all draws, where data.trigger is set; 0: none."""
+    weight: float = Field(1.0, ge=0, allow_inf_nan=False)
+    """Factor of their loss."""
+    prompts: Path | None = None
+    """Text file, a prompt a line, to ask with in place of the draws' own captions without the trigger."""
+    regularization: bool = False
+    """Whether draws of regularization sources are such ones too, with their captions, besides `share`."""
 
 
 class Train(Section):
@@ -259,10 +276,8 @@ class Save(Section):
     """Checkpoints to keep: so many of the newest; unset: all."""
     keep_every: int | None = Field(None, ge=1)
     """Beside keep_last, checkpoints at multiples of so many steps stay."""
-    trigger: str | None = None
-    """The phrase that the captions begin with, for whoever opens the adapter's file."""
     license: str | None = None
-    """Of the adapter, likewise."""
+    """Of the adapter, for whoever opens its file."""
 
     @model_validator(mode="after")
     def _keeps(self) -> "Save":
@@ -301,6 +316,7 @@ class Run(BaseSettings):
     data: Data
     lora: Lora = Lora()
     flow: Flow = Flow()
+    preserve: Preserve = Preserve()
     train: Train = Train()
     save: Save
     validation: Validation = Validation()

@@ -12,14 +12,17 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from hdl.data.picks import Picks
 from hdl.data.reading import Reader
 from hdl.data.samples import Sample
-from hdl.data.steps import Steps
+from hdl.data.steps import Plan, Steps
 from hdl.data.tally import Tally
+from hdl.data.untriggered import Untriggered
 from hdl.errors import HdlError
 from hdl.o1.layout import Layout, Segment, lay_out
 from hdl.o1.patches import unpatchify
@@ -47,6 +50,8 @@ class Batch:
     ]  # each sample's factor in the loss; what the loss is divided by does not depend on it
     references: Tensor | None = None  # uint8 [R, 3072], clean, of those that are pairs; None: none is
     look: Look | None = None  # the same pictures, for the visual tower
+    kept: tuple[bool, ...] = ()  # of each sample, whether the base's prediction is its target; (): of none
+    base: "Batch | None" = None  # what the base is to predict first: the kept samples, by themselves
 
     @property
     def patch_counts(self) -> list[int]:
@@ -66,6 +71,7 @@ class Batch:
             layout=_layout_on(torch.device(device), self.layout),
             references=None if self.references is None else self.references.to(device, non_blocking=True),
             look=self.look and self.look.to(device),
+            base=self.base and self.base.to(device),
         )
 
 
@@ -138,6 +144,32 @@ def _joined(parts: Sequence[Tensor], pin: bool) -> Tensor:
     return out
 
 
+@dataclass(frozen=True)
+class Keeping:
+    """How kept draws are asked for and counted. weight: factor of their loss; together: whether ranks can only make
+    forward passes together, so that one without kept draws has the base predict something, too."""
+
+    untriggered: Untriggered
+    weight: float
+    together: bool
+
+    def reworded(self, samples: Sequence[Sample], picks: Picks) -> list[Sample]:
+        return [
+            self.untriggered.reword(sample, int(number), int(tokens - patches)) if kept else sample
+            for sample, kept, number, tokens, patches in zip(
+                samples, picks.kept, picks.number, picks.tokens, picks.patches
+            )
+        ]
+
+    def for_base(self, plan: Plan, rank: int, number: int) -> list[int]:
+        """Of a rank's micro-batch, the samples that the base is to predict."""
+        mine = np.flatnonzero(plan.packs[number].kept).tolist()
+        if mine or not self.together:
+            return mine
+        turn = plan.dealt[rank].index(number)
+        return [0] if any(plan.packs[numbers[turn]].kept.any() for numbers in plan.dealt) else []
+
+
 class Batches:
     """This rank's packed micro-batches of any step; those of the next steps are read ahead.
 
@@ -145,9 +177,11 @@ class Batches:
     """
 
     def __init__(
-        self, steps: Steps, reader: Reader, rank: int, pin_memory: bool, eyes: Eyes | None = None
-    ) -> None:
-        """eyes: as `pack` takes them."""
+        self, steps: Steps, reader: Reader, rank: int, pin_memory: bool, eyes: Eyes | None = None,
+        *, keeping: "Keeping | None" = None,
+    ) -> None:  # fmt: skip
+        """eyes: as `pack` takes them; keeping: where draws are kept."""
+        self.keeping = keeping
         self.eyes = eyes
         self.steps, self.reader, self.rank, self.pin_memory = steps, reader, rank, pin_memory
         self.mixture = reader.mixture
@@ -189,10 +223,22 @@ class Batches:
 
     def _read(self, step: int, number: int) -> Batch:
         plan = self.steps.plan(step)
-        picks = plan.packs[number]
+        picks, places = plan.packs[number], plan.places(number)
         weights = self.mixture.loss_weight[picks.sample].tolist()
         samples = self.reader.read(picks)
-        return pack(samples, plan.places(number), plan.patches, weights, self.pin_memory, self.eyes)
+        for_base = []
+        if self.keeping:
+            samples = self.keeping.reworded(samples, picks)
+            weights = [w * self.keeping.weight if kept else w for w, kept in zip(weights, picks.kept)]
+            for_base = self.keeping.for_base(plan, self.rank, number)
+        batch = pack(samples, places, plan.patches, weights, self.pin_memory, self.eyes)
+        if not for_base:
+            return batch
+        base = pack(
+            [samples[i] for i in for_base], [places[i] for i in for_base], plan.patches, None, self.pin_memory,
+            self.eyes,
+        )  # fmt: skip
+        return replace(batch, kept=tuple(picks.kept.tolist()), base=base)
 
     def _prefetch(self, step: int) -> None:
         """Tell the sources which shards are wanted next: twice as many as are mixed."""

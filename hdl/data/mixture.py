@@ -52,7 +52,8 @@ class Mixture:
     """The samples of all sources, numbered one source after another.
 
     columns: of all samples; quotas: draws of each; held_out: int64, the numbers of the samples held out, in an
-    order of their own; loss_weight: float32 [n], the factor of each sample's loss. Raises HdlError where a tag is
+    order of their own; loss_weight: float32 [n], the factor of each sample's loss; regularization: bool [n], whether
+    it is of such a source. Raises HdlError where a tag is
     nobody's, nothing is left to train on, or pairs were prepared before they could be trained on.
     """
 
@@ -65,7 +66,8 @@ class Mixture:
         sizes = [len(source.shards.infos) for source in sources]
         self._first = np.cumsum([0, *sizes])
         _check_pairs(self.sources, columns)
-        regularization = np.array([source.regularization for source in sources])[columns.source]
+        self.regularization = np.array([source.regularization for source in sources])[columns.source]
+        regularization = self.regularization
         kept_back = (columns.image < held_out) & ~regularization
         chosen = np.flatnonzero(kept_back)
         self.held_out = chosen[np.lexsort((chosen, columns.image[chosen]))]

@@ -24,7 +24,10 @@ class Picks:
     caption: np.ndarray  # int64 [k]: number of the caption; NO_CAPTION: the empty prompt
     mirrored: np.ndarray  # bool [k]
     patches: np.ndarray  # int64 [k]
-    tokens: np.ndarray  # int64 [k]: of text, patches and references' patches
+    tokens: (
+        np.ndarray
+    )  # int64 [k]: of text, patches and references' patches; what text is put in place has no more
+    kept: np.ndarray  # bool [k]: asked for without the trigger and pulled to the base's own prediction
 
     def __len__(self) -> int:
         return len(self.number)
@@ -41,16 +44,19 @@ class Draws:
     """A mixture's samples, as the lanes of a stream draw them.
 
     caption_dropout: share of draws with the empty prompt; mirror: whether half of those that may be are mirrored;
-    window, lanes: as Stream takes them.
+    window, lanes: as Stream takes them; kept_share: of draws, evenly spread over a lane, so that small batches too
+    have their share; keep_regularization: whether draws of regularization sources are kept besides.
     """
 
     def __init__(
         self, mixture: Mixture, seed: int, *,
         caption_dropout: float = 0.0, mirror: bool = False, window: int | None = None, lanes: int = 1,
+        kept_share: float = 0.0, keep_regularization: bool = False,
     ) -> None:  # fmt: skip
         self.mixture, self.seed = mixture, seed
         self.caption_dropout, self.mirror = caption_dropout, mirror
         self.window, self.lanes = window, lanes
+        self.kept_share, self.keep_regularization = kept_share, keep_regularization
         self._stream = Stream(mixture.quotas, seed, shard=mixture.columns.shard, window=window, lanes=lanes)
 
     def take(self, lane: int, start: int, stop: int) -> Picks:
@@ -70,4 +76,12 @@ class Draws:
             mirrored = columns.mirrored[sample] & (uniform_at(number, seed, "mirror") < 0.5)
         patches = columns.patches(sample).astype(np.int64)
         tokens = patches + text + columns.references[sample]
-        return Picks(number, sample, caption, mirrored, patches, tokens)
+        return Picks(
+            number, sample, caption, mirrored, patches, tokens, self._kept(np.arange(start, stop), sample)
+        )
+
+    def _kept(self, place: np.ndarray, sample: np.ndarray) -> np.ndarray:
+        kept = np.floor((place + 1) * self.kept_share) > np.floor(place * self.kept_share)
+        if self.keep_regularization:
+            kept |= self.mixture.regularization[sample]
+        return kept

@@ -8,21 +8,25 @@ import gc
 import math
 import os
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
+from peft import PeftModel
 
 from hdl.adapter.lora import attach, load_adapter, read_adapter
 from hdl.config import Run
-from hdl.data.batches import Batches
+from hdl.data.batches import Batches, Keeping
 from hdl.data.locality import what_thrashes
 from hdl.data.mixture import Mixture, open_mixture
 from hdl.data.packing import Packs
 from hdl.data.picks import Draws
 from hdl.data.reading import Reader
 from hdl.data.steps import BySamples, ByTokens, Cut, Steps
+from hdl.data.untriggered import Untriggered, check_trigger, read_prompts
 from hdl.engine.agreement import check_alike
 from hdl.engine.budget import advice, settled
 from hdl.engine.checkpoints import read_state
@@ -43,6 +47,7 @@ from hdl.errors import HdlError
 from hdl.flow.noise import VARIANTS
 from hdl.flow.sigma import draw_sigmas
 from hdl.o1.checkpoint import Checkpoint, load_model, open_checkpoint
+from hdl.o1.prompt import PromptEncoder
 from hdl.o1.visual import VisualTower, tower_bytes
 from hdl.report.curves import Reporter, StepReport, means_by_band
 from hdl.transfer import Mark, Reading
@@ -60,6 +65,7 @@ class Prepared:
     folder: RunFolder
     checkpoint: Checkpoint
     mixture: Mixture
+    keeping: Keeping | None
     validation: Validation
     trained_on: dict[str, str]
     found: Found  # rank 0's: what to continue
@@ -81,9 +87,14 @@ def prepare(run: Run, processes: Processes) -> Prepared:
     tower = tower_bytes(checkpoint, _dtype(run, processes)) if mixture.pairs else 0
     run, expected = settled(run, checkpoint.config, largest, processes, fuses and not run.lora.dropout, tower)
     check_stream(run, checkpoint.config, _dtype(run, processes))
+    untriggered = _untriggered(run, checkpoint, mixture)
     validation = Validation(run, checkpoint, processes)
     adapter = f"rank {run.lora.rank}, targets {run.lora.targets}"
     trained_on = {"base": fingerprint, "data": mixture.dataset_hash, "adapter shape": adapter}
+    keeping = None
+    if untriggered:
+        together = divides_weights(run.train) or run.model.shard > 0
+        keeping = Keeping(untriggered, run.preserve.weight, together)
     folder, found = RunFolder(run.save.output), Found()
     _cut(run, mixture, micro, {})  # for what can be wrong with it
     if processes.is_main:
@@ -93,7 +104,24 @@ def prepare(run: Run, processes: Processes) -> Prepared:
         if run.resume != "no":
             found = folder.find(run, trained_on)
         folder.claim(run)
-    return Prepared(run, fuses, expected, folder, checkpoint, mixture, validation, trained_on, found)
+    return Prepared(run, fuses, expected, folder, checkpoint, mixture, keeping, validation, trained_on, found)
+
+
+def _untriggered(run: Run, checkpoint: Checkpoint, mixture: Mixture) -> Untriggered | None:
+    """How kept draws are asked for, where there are any. HdlError for a trigger that nothing answers to, and prompts
+    that cannot be used."""
+    trigger, preserve = run.data.trigger, run.preserve
+    if trigger is None:
+        if preserve.prompts or preserve.regularization:
+            raise HdlError(
+                "preserve.prompts and preserve.regularization need data.trigger, which they ask without"
+            )
+        return None
+    check_trigger(mixture, trigger)
+    if not preserve.share and not preserve.regularization:
+        return None
+    prompts = read_prompts(preserve.prompts) if preserve.prompts else []
+    return Untriggered(PromptEncoder(checkpoint), trigger, run.train.seed, prompts)
 
 
 def _cut(run: Run, mixture: Mixture, micro: int, state: dict[str, Any]) -> Cut:
@@ -102,6 +130,8 @@ def _cut(run: Run, mixture: Mixture, micro: int, state: dict[str, Any]) -> Cut:
     draws = Draws(
         mixture, train.seed,
         caption_dropout=data.caption_dropout, mirror=data.mirror, window=data.window, lanes=data.lanes,
+        kept_share=run.preserve.share if data.trigger else 0.0,
+        keep_regularization=bool(data.trigger) and run.preserve.regularization,
     )  # fmt: skip
     if train.micro_batch_tokens is None or train.batch_packs is None:
         return BySamples(draws, train.batch_size, micro)
@@ -146,7 +176,7 @@ def _train(run: Run, processes: Processes, signals: Signals, watch: Watch) -> in
     path.apply()
     if found.newest:
         restore(engine, found.newest, weights, state["step"], state["step"] - state["skipped"])
-    saver = Saver(engine, processes, prepared.folder, run.save, prepared.trained_on, found)
+    saver = Saver(engine, processes, prepared.folder, run.save, prepared.trained_on, found, run.data.trigger)
     if processes.is_main:
         _announce(run, prepared, processes, dtype, steps, state["step"])
     loop = Loop(
@@ -196,13 +226,16 @@ class Loop:
             engine, processes,
             variant=VARIANTS[run.model.variant], flow=run.flow, seed=run.train.seed, dropout=run.lora.dropout,
             dtype=dtype, fused=path.fused, ease=self._ease, concern=self._concern, tower=tower, lockstep=path.lockstep,
+            base=self._without_adapter,
         )  # fmt: skip
         self.taken: Taken | None = None
         self.start = Mark(processes.device)  # of the next step
         self.steps = steps
         reader = Reader(prepared.mixture, run.train.seed, run.data.max_lost, processes.rank)
         eyes, pin = tower.eyes if tower else None, processes.device.type == "cuda"
-        self.batches = Batches(self.steps, reader, processes.rank, pin_memory=pin, eyes=eyes)
+        self.batches = Batches(
+            self.steps, reader, processes.rank, pin_memory=pin, eyes=eyes, keeping=prepared.keeping
+        )
         self.held_out = HeldOut(run, prepared.mixture, processes, dtype, path.fused, tower)
         self.reporter = (
             Reporter(prepared.folder.tensorboard, done, run.train.steps) if processes.is_main else None
@@ -275,6 +308,11 @@ class Loop:
             )  # fmt: skip
             self.start = grad_norm.mark
         return measured.concerned > 0
+
+    @contextmanager
+    def _without_adapter(self) -> Iterator[PeftModel]:
+        with self.engine.module.disable_adapter():
+            yield self.engine.module
 
     def _concern(self) -> bool:
         return self.signals.asked is not None or self.saver.problem() is not None
@@ -367,6 +405,7 @@ class Loop:
             peak_memory=taken.peak_memory,
             waited=taken.waited,
             waste=taken.waste,
+            kept=taken.measured.kept,
         )
 
     def _save(self) -> str:
@@ -461,6 +500,16 @@ def _announce(
         f"{run.train.deepspeed.stem}; curves: tensorboard --logdir {prepared.folder.tensorboard}"
     )
     print(prepared.mixture.describe())
+    if prepared.keeping:
+        share = f"{run.preserve.share:.0%} of the draws"
+        asked = (
+            f"prompts of {run.preserve.prompts}"
+            if run.preserve.prompts
+            else "their captions without the trigger"
+        )
+        print(f"preserving: {share} ask with {asked} and are pulled to the base's own prediction")
+    elif run.data.trigger is None:
+        print("preserving nothing: data.trigger is not set (hdl/flow/step.py)")
     if prepared.mixture.pairs:
         print(
             f"{prepared.mixture.pairs:,} samples have reference images, for editing: the visual tower is loaded, and "

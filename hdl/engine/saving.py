@@ -49,9 +49,10 @@ class Saver:
 
     def __init__(
         self, engine: DeepSpeedEngine, processes: Processes, folder: RunFolder, settings: Save,
-        trained_on: dict[str, str], found: Found,
+        trained_on: dict[str, str], found: Found, trigger: str | None = None,
     ) -> None:  # fmt: skip
-        """folder: claimed; found: what the run goes on from."""
+        """folder: claimed; found: what the run goes on from; trigger: data.trigger."""
+        self.trigger = trigger
         self.processes, self.folder, self.settings = processes, folder.checkpoints, settings
         self.trained_on, self.damaged, self.newest = trained_on, set(found.damaged), found.newest
         self.state = FullState(engine, holds=processes.is_main)
@@ -129,10 +130,9 @@ class Saver:
 
     def _about(self, step: int) -> dict[str, str]:
         """What the adapter's file says of itself; nothing that differs between runs of the same config."""
-        given = self.settings
         metadata = describe(
-            title=given.trigger or "LoRA", base=self.trained_on["base"], dataset=self.trained_on["data"], steps=step,
-            trigger=given.trigger, license=given.license,
+            title=self.trigger or "LoRA", base=self.trained_on["base"], dataset=self.trained_on["data"], steps=step,
+            trigger=self.trigger, license=self.settings.license,
         )  # fmt: skip
         return metadata | self._sizes
 

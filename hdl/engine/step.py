@@ -12,7 +12,8 @@ likes: best when the next step's backward has been queued.
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,12 +22,15 @@ from hdl.config import Flow
 from hdl.data.batches import Batch
 from hdl.engine.processes import Processes
 from hdl.flow.noise import Variant
-from hdl.flow.step import flow_matching_loss
+from hdl.flow.step import base_prediction, flow_matching_loss
 from hdl.memory.lockstep import Lockstep
 from hdl.o1.visual import VisualTower
 from hdl.report.curves import band_sums
 from hdl.seeds import derive_seed, seeded
 from hdl.transfer import Reading, send
+
+T = TypeVar("T")
+Base = Callable[[], AbstractContextManager[Callable[..., Tensor]]]  # the model, with its adapter off inside
 
 
 class Engine(Protocol):
@@ -48,13 +52,15 @@ class Measured:
     loss: float
     tokens: int
     concerned: int  # ranks that want the run to be looked at after this step
-    bands: Tensor  # from band_sums
+    bands: Tensor  # from band_sums, of samples that are held against their pictures
+    kept: float | None  # mean error of those held against the base's prediction
 
     @classmethod
     def read(cls, reading: Reading) -> "Measured":
         """Waits for a `forward_backward`'s numbers."""
         values = reading.wait()
-        return cls(float(values[0]), int(values[1]), int(values[2]), values[3:].view(2, -1))
+        loss, tokens, concerned, error, kept = values[:5].tolist()
+        return cls(loss, int(tokens), int(concerned), values[5:].view(2, -1), error / kept if kept else None)
 
 
 class TrainStep:
@@ -64,17 +70,18 @@ class TrainStep:
         self, engine: Engine, processes: Processes,
         *, variant: Variant, flow: Flow, seed: int, dropout: float, dtype: torch.dtype, fused: bool,
         ease: Callable[[str], None] | None = None, concern: Callable[[], bool] = lambda: False,
-        tower: VisualTower | None = None, lockstep: Lockstep | None = None,
+        tower: VisualTower | None = None, lockstep: Lockstep | None = None, base: Base | None = None,
     ) -> None:  # fmt: skip
         """variant, flow, seed, dtype, fused, tower: as flow_matching_loss takes them; dropout: the adapter's. ease:
         called when a micro-batch ran out of memory, with what the allocator said; when it returns, the
         micro-batch is tried again. concern: whether this rank wants the run to be looked at after the step; all
-        ranks learn of it with the step's numbers. lockstep: with which the model's passes are taken."""
+        ranks learn of it with the step's numbers. lockstep: with which the model's passes are taken. base: predicts without the
+        adapter, where batches have kept samples."""
         self.engine, self.processes = engine, processes
         self.variant, self.flow, self.seed = variant, flow, seed
         self.dropout, self.dtype, self.fused = dropout, dtype, fused
         self.ease, self.concern, self.tower = ease, concern, tower
-        self.lockstep = lockstep or Lockstep()
+        self.lockstep, self.base = lockstep or Lockstep(), base
 
     def forward_backward(self, step: int, batches: Sequence[Batch], sigmas: Tensor) -> Reading:
         """Queue a step's gradient; its numbers, for `Measured.read`, arrive when its forward passes are done.
@@ -84,38 +91,60 @@ class TrainStep:
         told = _Told(self.processes, len(batches))
         with self._own_dropout(step):
             for i, batch in enumerate(batches):
-                while lacking := self._attempt(step, i, batch, sigmas, told):
-                    if self.ease is None:
-                        raise torch.OutOfMemoryError(lacking)
-                    self.ease(lacking)
+                toward = None
+                if batch.base is not None:
+                    toward = self._with_room(partial(self._ask_base, step, batch.base, sigmas))
+                self._with_room(partial(self._queue_gradient, step, i, batch, sigmas, toward, told))
                 if i < len(batches) - 1:
                     self.engine.step()
         assert told.reading, "a step has a micro-batch"
         return told.reading
 
-    def _attempt(self, step: int, i: int, batch: Batch, sigmas: Tensor, told: "_Told") -> str | None:
-        """Queue the i-th micro-batch's gradient, or say what memory it lacked.
+    def _with_room(self, passes: Callable[[], T]) -> T:
+        """What `passes` returns; where they run out of memory, eased, once more.
 
         A gradient reaches the engine at the very end of a backward pass: one that does not get there leaves
-        nothing behind, and on return nothing of it is alive.
+        nothing behind, and when memory is eased nothing of it is alive.
         """
-        self.lockstep.begin()
-        try:
-            loss, errors = flow_matching_loss(
-                self.engine, batch.to(self.processes.device), sigmas, step,
-                variant=self.variant, flow=self.flow, seed=self.seed, fused=self.fused, dtype=self.dtype,
-                tower=self.tower,
+        while True:
+            try:
+                return passes()
+            except torch.OutOfMemoryError as error:
+                if not self.lockstep.broke_off():
+                    raise
+                lacking = str(error) or "out of memory"
+            if self.ease is None:
+                raise torch.OutOfMemoryError(lacking)
+            self.ease(lacking)
+
+    def _ask_base(self, step: int, batch: Batch, sigmas: Tensor) -> Tensor:
+        """Queue the base's prediction for a micro-batch's kept samples. This pass is by itself and done before the
+        adapter's, so that whichever runs out of memory is taken again without the other."""
+        assert self.base, "kept samples need the base"
+        self.lockstep.begin("forward only")
+        with self.base() as model:
+            predicted = base_prediction(
+                model, batch.to(self.processes.device), sigmas, step,
+                variant=self.variant, flow=self.flow, seed=self.seed, dtype=self.dtype, tower=self.tower,
             )  # fmt: skip
-            measured = _measured(loss, batch, sigmas, errors, i == 0 and self.concern())
-            self.lockstep.through("forward")
-            told.tell(i, measured)
-            # DeepSpeed averages gradients over ranks and micro-batches; `loss` is a part of a sum.
-            self.engine.backward(loss * (self.processes.world * told.count))
-        except torch.OutOfMemoryError as error:
-            if not self.lockstep.broke_off():
-                raise
-            return str(error) or "out of memory"
-        return None
+        self.lockstep.through("forward only")
+        return predicted
+
+    def _queue_gradient(
+        self, step: int, i: int, batch: Batch, sigmas: Tensor, toward: Tensor | None, told: "_Told"
+    ) -> None:
+        """Queue the i-th micro-batch's gradient. toward: the base's prediction for its kept samples."""
+        self.lockstep.begin()
+        loss, errors = flow_matching_loss(
+            self.engine, batch.to(self.processes.device), sigmas, step,
+            variant=self.variant, flow=self.flow, seed=self.seed, fused=self.fused, dtype=self.dtype,
+            tower=self.tower, toward=toward,
+        )  # fmt: skip
+        measured = _measured(loss, batch, sigmas, errors, i == 0 and self.concern())
+        self.lockstep.through("forward")
+        told.tell(i, measured)
+        # DeepSpeed averages gradients over ranks and micro-batches; `loss` is a part of a sum.
+        self.engine.backward(loss * (self.processes.world * told.count))
 
     def update(self) -> Reading:
         """Queue the optimizer, on the gradient of the last `forward_backward`; the gradient's norm, float64."""
@@ -148,7 +177,10 @@ class _Told:
 
 def _measured(loss: Tensor, batch: Batch, sigmas: Tensor, errors: Tensor, concerned: bool) -> Tensor:
     """What adds up over micro-batches and ranks, in one float64 vector on the loss's device: loss, tokens, ranks
-    concerned, then band_sums, flattened."""
+    concerned, error and number of kept samples, then band_sums of the others, flattened."""
     counted = send(torch.tensor([batch.layout.tokens, concerned], dtype=torch.float64), loss.device)
-    sums = band_sums(sigmas[batch.places], errors)
-    return torch.cat([loss.detach().double().view(1), counted, sums.flatten()])
+    kept = torch.tensor(batch.kept or [False] * len(batch.places))
+    levels = sigmas[batch.places]
+    sums = band_sums(levels, errors, ~kept)
+    of_kept = band_sums(levels, errors, kept).sum(dim=1)
+    return torch.cat([loss.detach().double().view(1), counted, of_kept, sums.flatten()])

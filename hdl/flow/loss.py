@@ -42,6 +42,25 @@ class X0Error:
         return head_errors(hidden, head.linear.weight, head.linear.bias, self.pixels)
 
 
+@dataclass(frozen=True)
+class KeptError:
+    """X0Error, but for kept rows the distance from what the base predicted there.
+
+    rows: int64 [K], ascending; toward [K, 3072]: the base's prediction. Given to O1.forward as its `measure`.
+    """
+
+    pixels: Tensor
+    rows: Tensor
+    toward: Tensor
+
+    def __call__(self, hidden: Tensor, head: Head) -> Tensor:
+        """float32 [P], of hidden [P, D]."""
+        if len(self.rows) == len(hidden):
+            return patch_errors(head(hidden), self.toward)
+        errors = X0Error(self.pixels)(hidden, head)
+        return errors.index_copy(0, self.rows, patch_errors(head(hidden[self.rows]), self.toward))
+
+
 def loss_weights(sigma: Tensor, weighting: str) -> Tensor:
     """What each patch's error is multiplied with: 1 for "x0", 1/max(sigma, 1e-3)^2 for "velocity"."""
     if weighting == "x0":

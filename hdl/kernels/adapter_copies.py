@@ -3,9 +3,10 @@
 The optimizer owns PEFT's parameters; the packed matrices hold copies, refreshed before each forward pass, and
 fp8 weights what the copies come to in e4m3 (hdl/kernels/folded.py). The real model has 504 such blocks; copied
 one by one their launches alone would take milliseconds, so those with as many columns are copied together,
-from a table of where each block is and goes. The table is made anew only when the adapter has moved or its
-factors changed, which a few numbers tell: parameters that are trained are views of one flat one, so they move as
-a whole, and those that are only drawn with stay where they are.
+from a table of where each block is and goes. A table is made only when the adapter has moved or its factors
+changed, which a few numbers tell: parameters that are trained are views of one flat one, so they move as a whole,
+and those that are only drawn with stay where they are. The last two are kept: an adapter that is trained may be
+off every other time (hdl/flow/step.py's base_prediction).
 """
 
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from hdl.kernels.folded import Folds
 from hdl.kernels.linears import Block, PackedLinear
 
 CHUNK = 4096  # elements one program copies
+TABLES = 2
 
 
 class AdapterCopies:
@@ -30,34 +32,34 @@ class AdapterCopies:
         self.blocks = [block for linear in linears for block in linear.copies()]
         self.folds = Folds([fold for linear in linears for fold in linear.folds()])
         self._loras = [b.lora for b in self.blocks if b.scaled]
-        self._known: object = None
-        self._groups: list[_Group] = []
+        self._tables: dict[object, list[_Group]] = {}  # the last used last
 
     def refresh(self) -> None:
         if not self.blocks:
             return
-        if not runs_triton(self.blocks[0].target) or not self._refresh_groups():
+        groups = self._groups() if runs_triton(self.blocks[0].target) else []
+        if not groups:
             for block in self.blocks:
                 block.target.copy_(block.source.detach().float() * _factor(block))
         else:
             like = (self.blocks[0].source.detach(), self.blocks[0].target)
             with torch.cuda.device_of(like[1]):
-                for g in self._groups:
+                for g in groups:
                     _copy_blocks[(len(g.programs),)](
                         g.table, g.factors, g.programs, *like, FIELDS, g.columns, g.aligned, CHUNK
                     )
         self.folds.refresh()
 
-    def _refresh_groups(self) -> bool:
-        """Whether the kernel can copy all blocks: it reads contiguous sources, all of one dtype."""
+    def _groups(self) -> list["_Group"]:
+        """What the kernel copies; nothing where it cannot: it reads contiguous sources, all of one dtype."""
         first, last = self.blocks[0].source, self.blocks[-1].source
-        factors = [lora.factor for lora in self._loras]
-        known = (first.data_ptr(), last.data_ptr(), first.dtype, factors)
-        if known != self._known:
-            self._known = known
+        known = (first.data_ptr(), last.data_ptr(), first.dtype, tuple(lora.factor for lora in self._loras))
+        groups = self._tables.pop(known, None)
+        if groups is None:
             uniform = all(b.source.dtype == first.dtype and b.source.is_contiguous() for b in self.blocks)
-            self._groups = _grouped(self.blocks) if uniform else []
-        return bool(self._groups)
+            groups = _grouped(self.blocks) if uniform else []
+        self._tables = dict([*self._tables.items()][-TABLES + 1 :]) | {known: groups}
+        return groups
 
 
 def _factor(block: Block) -> float:

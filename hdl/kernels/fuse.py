@@ -293,8 +293,10 @@ class FusedDecoder:
         """As Decoder.forward: x [S, D] -> [S, D]."""
         self.copies.refresh()
         seen = layout.seen_index, deepstack
-        if self.graphs and torch.is_grad_enabled() and not deepstack:  # which no graph has among its inputs
-            replayed = self.graphs(x, layout)
+        if self.graphs and not deepstack:  # which no graph has among its inputs
+            # Of passes without a gradient, those in training come again and again: a base's predictions.
+            graph = self.graphs if torch.is_grad_enabled() else self.graphs.forward_alone
+            replayed = graph(x, layout) if torch.is_grad_enabled() or self.norm.training else None
             if replayed is not None:
                 return replayed
         self.streaming.prepare("forward")

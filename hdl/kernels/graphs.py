@@ -98,6 +98,22 @@ class Graphs(Captures[Captured]):
             return None
         return _Replay.apply(self.decoder.shared.flat, self, captured, x, layout)  # type: ignore[no-any-return,no-untyped-call]
 
+    def forward_alone(self, x: Tensor, layout: Layout) -> Tensor | None:
+        """As __call__, of a pass without a backward; it leaves nothing open. Layers whose kept things go to host memory
+        take a plain pass, which sends nothing, and so do those that ranks fetch together, whose passes tell each other
+        what they are."""
+        fetched = self.decoder.offloaded or self.decoder.streaming.together
+        if not self._enabled or fetched or (self._open and self._open() is not None):
+            return None
+        with torch.enable_grad():  # for a capture, which is of both passes
+            captured = self._graph_for(x, layout)
+        if captured is None:
+            return None
+        captured.load(x, layout)
+        with self.decoder.streaming.replaying("forward"):
+            captured.forward.replay()
+        return captured.out[: len(x)].clone()
+
     def start_over(self) -> None:
         """Capture anew, with the memory that there is now."""
         self.drop()

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from hdl.memory.host import Ranks, machines
 from hdl.memory.streaming import Streaming
 
-Stage = Literal["forward", "backward"]
+Stage = Literal["forward", "backward", "forward only"]  # the last: a pass by itself, without gradient
 
 
 class Lockstep:
@@ -32,9 +32,9 @@ class Lockstep:
             groups, here = machines(ranks)
             self._group = [dist.new_group(members, backend="gloo") for members in groups][here]
 
-    def begin(self) -> None:
-        """A micro-batch is to come, or to come again."""
-        self._enter("forward")
+    def begin(self, stage: Stage = "forward") -> None:
+        """A micro-batch, or a pass by itself, is to come, or to come again."""
+        self._enter(stage)
 
     def through(self, stage: Stage) -> None:
         """This rank is through its pass: returns when all are. Outside of `begin` and the end of backward nothing
@@ -61,7 +61,7 @@ class Lockstep:
 
     def _stay(self, stage: Stage) -> None:
         while self._some_rank(broke_off=False):
-            self._accompany("forward")
+            self._accompany("forward" if stage == "backward" else stage)
             if stage == "backward":
                 self._stay("forward")
                 self._accompany("backward")

@@ -16,14 +16,15 @@ from hdl.transfer import send
 BANDS = 4  # noise levels are reported in equal bands of sigma
 
 
-def band_sums(sigmas: Tensor, errors: Tensor) -> Tensor:
+def band_sums(sigmas: Tensor, errors: Tensor, which: Tensor | None = None) -> Tensor:
     """float64 [2, BANDS]: the summed x0 error and the number of samples in each band of sigma.
 
-    sigmas: float32 [B] in host memory; errors: float32 [B] anywhere, and there the sums are. The host does
-    not wait for them.
+    sigmas: float32 [B] and which: bool [B], those that count (None: all), in host memory; errors: float32 [B]
+    anywhere, and there the sums are. The host does not wait for them.
     """
     band = (sigmas * BANDS).long().clamp(max=BANDS - 1)
-    belongs = send(band[:, None] == torch.arange(BANDS), errors.device)
+    counts = torch.ones(len(sigmas), dtype=torch.bool) if which is None else which
+    belongs = send((band[:, None] == torch.arange(BANDS)) & counts[:, None], errors.device)
     sums = torch.where(belongs, errors.double()[:, None], 0.0).sum(dim=0)
     return torch.stack([sums, belongs.double().sum(dim=0)])
 
@@ -51,6 +52,7 @@ class StepReport:
     peak_memory: float  # GiB reserved on rank 0's GPU, CUDA graphs' included; on a CPU, of the process
     waited: float = 0.0  # seconds that rank 0 waited for data
     waste: float | None = None  # share of the packs' budget left unused, where packs have one
+    kept: float | None = None  # mean distance of kept samples from the base's prediction
 
 
 class Reporter:
@@ -79,6 +81,8 @@ class Reporter:
         }
         if report.waste is not None:
             scalars["data/waste"] = report.waste
+        if report.kept is not None:
+            scalars["preserve/error"] = report.kept
         self.scalars(step, scalars | means_by_band("x0_error", report.bands))
         self.bar.set_postfix_str(
             f"loss {report.loss:.4f}, {report.images / seconds:.1f} images/s, peak {report.peak_memory:.1f} GiB"

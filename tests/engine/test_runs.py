@@ -48,7 +48,7 @@ PICTURES = {
     "validation__height": 64,
     "validation__width": 32,
     "validation__steps": 3,
-    "save__trigger": "kotonia style",
+    "data__trigger": "a photograph",
     "save__license": "CC0-1.0",
 }
 
@@ -77,7 +77,7 @@ def test_a_run_leaves_everything_it_promises(launch: Launch, alone: list[Finishe
     with safe_open(run.output / "adapter" / "adapter_model.safetensors", framework="pt") as file:
         about = file.metadata()
     trained_on = json.loads((run.output / "checkpoints/step-000004/trainer_state.json").read_text())
-    expected = {TRIGGER: "kotonia style", LICENSE: "CC0-1.0", STEPS: "4", RANK: "4", TITLE: "kotonia style"}
+    expected = {TRIGGER: "a photograph", LICENSE: "CC0-1.0", STEPS: "4", RANK: "4", TITLE: "a photograph"}
     expected |= {BASE: trained_on["base"], DATASET: trained_on["data"]}
     assert {name: about[name] for name in expected} == expected
 
