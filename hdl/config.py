@@ -304,6 +304,31 @@ class Validation(Section):
     held_out_samples: int = Field(32, ge=1)
     """Measurements of the x0 error on data.held_out at these steps, each at a noise level of its own; samples
     come again where fewer are held out."""
+    drift: bool = True
+    """With data.trigger and prompts: measure how far predictions move with the trigger and without (hdl/metrics/drift.py)."""
+    style: str | None = None
+    """What says how much of the look is in a picture: the folder of an image encoder, or a function of yours as
+    package.module:function (hdl/metrics/scores.py). Its prompts must be with data.trigger and without."""
+    style_references: Path | None = None
+    """Folder of pictures in the look, for an image encoder."""
+    memorization: bool = False
+    """Measure how near the pictures' patches come to those trained on (hdl/metrics/memorization.py)."""
+    drift_weight: float = Field(1.0, ge=0, allow_inf_nan=False)
+    """Of the score by which the best adapter is kept, gate - drift_weight x relative drift; needs style."""
+    stop_after: int | None = Field(None, ge=1)
+    """Validations without a better score after which the run ends; needs style."""
+
+    @model_validator(mode="after")
+    def _can_be_measured(self) -> "Validation":
+        if self.stop_after and not self.style:
+            raise ValueError(
+                f"stop_after {self.stop_after} goes by a score, which needs style: an image encoder or a function"
+            )
+        if self.style_references and not self.style:
+            raise ValueError("style_references are for the image encoder of style, which is not set")
+        if (self.style or self.memorization) and not self.prompts:
+            raise ValueError("style and memorization are measured on pictures: give prompts")
+        return self
 
 
 class Run(BaseSettings):

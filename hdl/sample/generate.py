@@ -75,7 +75,7 @@ class Pack:
     ) -> "Pack":  # fmt: skip
         """read_once: as `predictor` takes it."""
         texts = [r.text for r in requests]
-        segments = [_segment(r, len(r.text), r.shown.seen if r.shown else ()) for r in requests]
+        segments = [segment_of(r) for r in requests]
         if guided:
             for r in requests:
                 texts.append(r.shown.empty_text if r.shown else empty_text)
@@ -181,6 +181,11 @@ def denoise(
         z = scheduler.step(i, v, z, noise)
         on_step()
     return z
+
+
+def segment_of(request: Request) -> Segment:
+    """Its place in a packed run, with its own prompt."""
+    return _segment(request, len(request.text), request.shown.seen if request.shown else ())
 
 
 def _segment(request: Request, text: int, seen: tuple[Seen, ...]) -> Segment:

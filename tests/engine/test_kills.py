@@ -26,17 +26,23 @@ pytestmark = pytest.mark.job
 KILLS = int(os.environ.get("HDL_KILLS", "8"))
 STEPS, EVERY = 8 * KILLS, 3  # so many that the run is still at work at the last kill
 
-# A checkpoint of this small run is written in milliseconds; the real one takes seconds.
-SLOW_WRITING = """
+# A checkpoint of this small run is written in milliseconds, the real one takes seconds. And a step takes so short
+# a time on a fast machine that the run would be over before the last kill.
+SLOW_WORK = """
 import os, time
 import hdl.engine.checkpoints as checkpoints
+from hdl.engine.step import TrainStep
 
 def sha256(file, really=checkpoints.sha256):
     time.sleep(0.02)
     return really(file)
 
-if {slow}:
-    checkpoints.sha256 = sha256
+def forward_backward(self, *given, really=TrainStep.forward_backward):
+    time.sleep(0.15)
+    return really(self, *given)
+
+checkpoints.sha256 = sha256
+TrainStep.forward_backward = forward_backward
 """
 
 
@@ -49,9 +55,7 @@ def test_nothing_is_lost_however_often_a_run_is_killed(
     chance = random.Random(5)
     run, log = tmp_path / "run", []
     for kill in range(KILLS):
-        job = server.start(
-            [*described("run", **options), "--resume", "auto"], first=SLOW_WRITING.format(slow=True)
-        )
+        job = server.start([*described("run", **options), "--resume", "auto"], first=SLOW_WORK)
         in_save = kill % 3 == 0
         wait_for_a_moment(job, run, in_save, chance)
         there = set(checkpoints(run / "checkpoints"))
