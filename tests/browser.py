@@ -13,13 +13,16 @@ import pytest
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(not CHROMIUM, reason="no chromium here (Debian: apt install chromium)")
 
-# Appended to a copy of the page, which has no script of its own.
+# Appended to a copy of the page, after any script of its own.
 LOOK = """<script>addEventListener("load", () => {  // which comes after every image has come or failed
   const images = [...document.images];
+  const shown = images.filter(i => i.getClientRects().length && i.offsetWidth > 1 && i.offsetHeight > 1);
   const found = {
     broken: images.filter(i => !i.complete || !i.naturalWidth || !i.naturalHeight).map(i => i.alt),
-    shown: images.filter(i => i.getClientRects().length && i.offsetWidth > 1 && i.offsetHeight > 1).length,
-    images: images.length, text: document.body.innerText.length, wide: document.documentElement.scrollWidth,
+    shown: shown.length, alts: shown.map(i => i.alt), images: images.length,
+    drawn: [...document.querySelectorAll("svg path")].filter(p => p.getTotalLength() && p.getClientRects().length).length,
+    fetched: performance.getEntriesByType("resource").map(e => e.name).filter(name => !name.startsWith("data:")),
+    text: document.body.innerText.length, wide: document.documentElement.scrollWidth,
   };
   const out = document.createElement("pre");
   out.id = "looked"; out.textContent = JSON.stringify(found);
@@ -29,11 +32,15 @@ LOOK = """<script>addEventListener("load", () => {  // which comes after every i
 
 @dataclass(frozen=True)
 class Seen:
-    """images: in the page; shown: those that take room on the screen; broken: the alt texts of those that did not
-    load; text: characters a reader sees; wide: px; console: what the page's console said."""
+    """images: in the page; shown, alts: those that take room on the screen, and their alt texts; broken: the alt texts
+    of those that did not load; drawn: paths of SVG that have a length; fetched: whatever else the page asked for;
+    text: characters a reader sees; wide: px; console: what the page's console said."""
 
     images: int
     shown: int
+    alts: list[str]
+    drawn: int
+    fetched: list[str]
     broken: list[str]
     text: int
     wide: int

@@ -50,6 +50,7 @@ from hdl.o1.checkpoint import Checkpoint, load_model, open_checkpoint
 from hdl.o1.prompt import PromptEncoder
 from hdl.o1.visual import VisualTower, tower_bytes
 from hdl.report.curves import Reporter, StepReport, means_by_band
+from hdl.report.summary import write_summary
 from hdl.transfer import Mark, Reading
 
 GIB = 2**30
@@ -263,6 +264,7 @@ class Loop:
             self.saver.finish()
             self._install_adapter()
             self._tell_what_was_drawn()
+            self._summarize()
             return 0
         except (HdlError, KeyboardInterrupt):
             self._settle()  # the curves end with the last step that was taken
@@ -447,6 +449,17 @@ class Loop:
             ):
                 if line:
                     self.reporter.say(line)
+
+    def _summarize(self) -> None:
+        """Write the run's page. Everything is saved by now: whatever is wrong with it costs a line, not the run."""
+        if not self.reporter:
+            return
+        self.reporter.flush()
+        with self.watch.excused():
+            try:
+                self.reporter.say(f"summary: {write_summary(self.prepared.folder.path)}")
+            except Exception as error:
+                self.reporter.say(f"no summary was written: {error or repr(error)}")
 
     def _validate(self) -> None:
         self._measure_held_out()

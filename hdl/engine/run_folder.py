@@ -6,6 +6,7 @@ checkpoints/         step-NNNNNN: what --resume continues from
 pictures/            step-NNNNNN.png: validation prompts without and with the adapter
 tensorboard/         curves and the same pictures
 skipped.jsonl        steps that were not taken, and their samples
+summary.html         the page that shows all this, written when the run has ended (tools/summary.py: at any time)
 requeue              there while the run has stopped because it was asked to: start it again with --resume auto
 .lock                held by rank 0 for as long as it runs
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from hdl.adapter.metadata import BASE, DATASET, LICENSE, RANK, STEPS, TITLE, TRIGGER
 from hdl.sample.draw import draw_prompts
 from hdl.sample.generate import SamplerSettings
+from tests.browser import needs_browser, see
 from tests.engine.conftest import Finished, Launch
 
 # float32 on CPUs: sums are taken in another order on another number of ranks, and Adam's first steps
@@ -88,6 +90,31 @@ def test_a_run_leaves_everything_it_promises(launch: Launch, alone: list[Finishe
     before, after = halves(pictures[0]), halves(pictures[-1])
     assert before[0] == before[1] == after[0]  # the adapter starts as nothing, and can be switched off
     assert after[1] != after[0]
+
+
+@needs_browser
+def test_a_run_ends_with_a_page_that_shows_it(launch: Launch, alone: list[Finished], tmp_path: Path) -> None:
+    run = one_rank(launch, alone)
+    page = run.output / "summary.html"
+    assert f"summary: {page}" in run.printed
+    html = page.read_text(encoding="utf-8")
+    assert "kotonia style" in html and str(run.output / "adapter") in html
+    curves = {re.sub("/sigma_.*", " by sigma", name) for name in run.curve_names()}
+    assert curves == set(re.findall('<svg [^>]*aria-label="(.*?)"', html))
+    seen = see(page, tmp_path)
+    assert (seen.images, seen.alts) == (3, ["after 4 steps"])
+    assert (seen.broken, seen.console, seen.fetched) == ([], [], [])
+    assert seen.drawn >= 8
+
+
+def test_a_page_that_cannot_be_written_costs_a_line(launch: Launch) -> None:
+    begun = launch(train__steps=2)
+    assert begun.status == 0, begun.printed
+    (begun.output / "summary.html").unlink()
+    (begun.output / "summary.html").mkdir()
+    resumed = launch(train__steps=4, resume=True)
+    assert resumed.status == 0, resumed.printed
+    assert "no summary was written: " in resumed.printed and f"adapter: {resumed.output}" in resumed.printed
 
 
 @pytest.mark.parametrize(
