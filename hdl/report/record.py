@@ -1,6 +1,7 @@
 """What a run left in its folder (hdl/engine/run_folder.py), read back for its summary."""
 
 import json
+import logging
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -93,6 +94,7 @@ def _curves(folder: Path) -> tuple[dict[str, Curve], list[float]]:
     after a resume are there as they were taken last: the writer's purge_step tells."""
     if not folder.is_dir():
         return {}, []
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of every resume
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 1}).Reload()
     curves, times = {}, []
     for tag in events.Tags()["scalars"]:

@@ -166,7 +166,7 @@ def test_nothing_from_the_folder_becomes_markup(run: Path) -> None:
 
 def test_a_step_taken_again_counts_as_it_was_taken_last(tmp_path: Path) -> None:
     folder = empty_run(tmp_path / "run")
-    write_curves(folder, {"drift": {2: 5.0, 4: 6.0, 6: 7.0}, "gone": {5: 1.0}})
+    write_curves(folder, {"drift": {2: 5.0, 4: 6.0, 6: 7.0}, "undone": {5: 1.0}})
     (folder / "pictures").mkdir()
     for step in (0, 4, 6):
         Image.new("RGB", (8, 8)).save(folder / f"pictures/step-{step:06d}.png")
@@ -174,7 +174,7 @@ def test_a_step_taken_again_counts_as_it_was_taken_last(tmp_path: Path) -> None:
     html, page = summary(folder)
     assert "steps 4 of 600" in words(page)
     assert row(html, "drift") == ["5 step 2", "↓ 1 step 4", "1 step 4"]
-    assert "gone" not in html
+    assert "undone" not in html
     assert page.images() == ["after 0 steps", "after 4 steps"]
 
 
