@@ -2,7 +2,7 @@
 
 import math
 from bisect import bisect_right
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from hdl.report.record import Curve
 from hdl.survey.html import text
@@ -100,15 +100,13 @@ def number(value: float, digits: int = 4) -> str:
 
 
 def moving_mean(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Each value's mean with its neighbours on both sides, equally many: no lag, and fewer at the ends."""
+    """Each value's mean with its neighbours on both sides, so that it does not lag; at the ends, those there are."""
     reach = len(points) // WINDOWS // 2
-    sums = [0.0]
-    for _, value in points:
-        sums.append(sums[-1] + value)
+    sums = [0.0, *accumulate(value for _, value in points)]
     means = []
     for i, (step, _) in enumerate(points):
-        near = min(reach, i, len(points) - 1 - i)
-        means.append((step, (sums[i + near + 1] - sums[i - near]) / (2 * near + 1)))
+        first, end = max(i - reach, 0), min(i + reach + 1, len(points))
+        means.append((step, (sums[end] - sums[first]) / (end - first)))
     return means
 
 

@@ -27,7 +27,7 @@ ROWS = 100  # skipped steps that are listed
 
 HIGHER, LOWER = ("gate", "style/"), ("drift", "memorization", "held_out/")  # is better
 METRICS = (*HIGHER, *LOWER, "change")  # what a change is worth is for the reader to say
-NOISY = ("loss", "grad_norm", "x0_error")  # are smoothed
+NOISY = ("loss", "grad_norm", "x0_error", "speed/")  # are smoothed
 SHARES = "data/share/"  # of the sources, together in one chart
 FIRST, LAST = ("training", "x0_error", "metrics", "held_out"), ("data", "speed", "memory", "save")
 

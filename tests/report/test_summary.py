@@ -261,9 +261,9 @@ def test_long_curves_keep_their_spikes_and_ends() -> None:
 
 def test_a_moving_mean_does_not_lag() -> None:
     line = [(step, 3.0 * step) for step in range(300)]
-    assert [value for _, value in moving_mean(line)] == pytest.approx([value for _, value in line])
+    assert [value for _, value in moving_mean(line)[5:-5]] == pytest.approx([v for _, v in line[5:-5]])
     noisy = [(step, float(step % 2)) for step in range(3000)]
-    assert all(abs(value - 0.5) < 0.02 for _, value in moving_mean(noisy)[100:-100])
+    assert all(abs(value - 0.5) < 0.02 for _, value in moving_mean(noisy))
 
 
 @pytest.mark.parametrize(
