@@ -37,7 +37,7 @@ def test_without_a_limit_or_a_score_it_goes_on() -> None:
         (["--validation.stop_after", "2"], "stop_after 2 goes by a score, which needs style"),
         (["--validation.style", "x:y"], "give prompts"),
         (["--validation.style_references", "pictures"], "style, which is not set"),
-        (["--validation.memorization", "true"], "give prompts"),
+        (["--validation.memorization"], "give prompts"),
     ],
 )
 def test_options_that_need_others_say_so(flags: list[str], said: str) -> None:

@@ -20,6 +20,12 @@ from hdl.sample.generate import Request
 BASE = Path(__file__).parents[2] / "hdl" / "mini" / "o1-mini"
 
 
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No other process is there to gather from."""
+    monkeypatch.setattr(Processes, "gather", lambda self, mine: [mine])
+
+
 @pytest.fixture(scope="module")
 def encoder() -> PromptEncoder:
     return PromptEncoder(open_checkpoint(BASE))
