@@ -55,7 +55,7 @@ def read_record(folder: Path) -> Record:
         raise HdlError(f"{folder} holds no {CONFIG}: give the folder of a run, its save.output")
     try:
         config = read_toml(folder / CONFIG, "describes the run")
-        trigger, planned = _field(config, "save", "trigger"), _field(config, "train", "steps")
+        trigger, planned = _field(config, "data", "trigger"), _field(config, "train", "steps")
         curves, times = _curves(folder / "tensorboard")
         times = times or [(folder / CONFIG).stat().st_mtime]
         record = Record(
