@@ -223,6 +223,10 @@ class Train(Section):
     """What the optimizer steps. float32: a copy of the adapter, 4 bytes a trained number. bfloat16: the adapter
     itself, rounded stochastically: no copy, but noise as large as bfloat16's steps; for ranks that do not fit
     otherwise. Needs optimizer adamw (whose moments stay float32), model.dtype bfloat16 and ZeRO 1 or 2."""
+    ema: float = Field(0.0, ge=0, lt=1)
+    """Decay of an average of the adapter over steps, kept beside it in float32; 0: none. It becomes adapter_ema/, with
+    pictures and held_out_ema/ curves of its own. The decay starts low and grows as (1 + k) / (10 + k) with k updates
+    (hdl/engine/ema.py)."""
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = Field(0.01, ge=0)
     grad_clip: float = Field(1.0, ge=0)

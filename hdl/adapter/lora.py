@@ -88,22 +88,23 @@ def adapter_config(model: PeftModel) -> str:
     return text
 
 
-def read_adapter(model: PeftModel, folder: Path) -> dict[str, Tensor]:
-    """A saved adapter's weights, named as in `adapter_parameters` of a model of the same rank and targets.
+def read_adapter(model: PeftModel, folder: Path, name: str = WEIGHTS_FILE) -> dict[str, Tensor]:
+    """A saved adapter's weights, named as in `adapter_parameters` of a model of the same rank and targets. name: of
+    the file in that folder.
 
     HdlError when names or shapes differ from the model's.
     """
     try:
-        found = load_file(folder / WEIGHTS_FILE)
+        found = load_file(folder / name)
     except (OSError, SafetensorError) as error:
-        raise HdlError(f"{folder / WEIGHTS_FILE}: not readable ({error})") from None
+        raise HdlError(f"{folder / name}: not readable ({error})") from None
     parameters = adapter_parameters(model)
     name_of = {stored: name for name, stored in stored_names(model).items()}
     expected = {stored: _shape(parameters, name) for stored, name in name_of.items()}
     wrong = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != _shape(found, n))
     if wrong:
         raise HdlError(
-            f"{folder / WEIGHTS_FILE} is an adapter of another shape: {wrong[0]} is {_shape(found, wrong[0])}, "
+            f"{folder / name} is an adapter of another shape: {wrong[0]} is {_shape(found, wrong[0])}, "
             f"expected {expected.get(wrong[0])} ({len(wrong)} tensors differ); use the rank and targets it was "
             "made with"
         )

@@ -162,7 +162,7 @@ def strategy_of(run: Run, config: O1Config, world: int) -> Strategy:
     model = run.model
     neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return Strategy(
-        model.weights, levels, run.train.optimizer, world, master, model.stream, model.offload, model.shard, neighbours
+        model.weights, levels, run.train.optimizer, world, master, model.stream, model.offload, model.shard, neighbours, run.train.ema > 0
     )  # fmt: skip
 
 
@@ -172,7 +172,9 @@ def _fastest(run: Run, config: O1Config, work: Work, world: int, budget: Budget)
     least: float = float("inf")
     for optimizer in (run.train.optimizer, *(o for o in OPTIMIZERS if o != run.train.optimizer)):
         gpu = GPUS["h100"]
-        found = choices(config, run.lora.rank, work, optimizer, world, budget.bytes, gpu, budget.host)
+        found = choices(
+            config, run.lora.rank, work, optimizer, world, budget.bytes, gpu, budget.host, run.train.ema > 0
+        )
         usable = [c for c in found if budget.fp8 or not c.weights.startswith("fp8")]
         best = usable[0]
         if best.strategy:

@@ -7,6 +7,7 @@ functions of the seed and the step (hdl/seeds.py, hdl/data/batches.py), on every
 
     adapter_model.safetensors, adapter_config.json   the PEFT adapter: its master weights, in float32
     optimizer.safetensors                            exp_avg and exp_avg_sq of every parameter, float32
+    ema.safetensors                                  the average of train.ema, where there is one: as the adapter's file
     trainer_state.json                               the step, what the run was trained on, what was skipped
     config.toml                                      the run's, resolved
     manifest.json                                    size and SHA-256 of all these; written last
@@ -32,6 +33,7 @@ from hdl.adapter.tensor_files import write_tensors
 from hdl.errors import HdlError
 
 OPTIMIZER_FILE = "optimizer.safetensors"
+AVERAGE_FILE = "ema.safetensors"
 STATE_FILE = "trainer_state.json"
 RUN_FILE = "config.toml"
 MANIFEST_FILE = "manifest.json"

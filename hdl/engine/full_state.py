@@ -1,4 +1,5 @@
-"""A run's whole trained state in host memory: full master weights and moments, copied while the host goes on.
+"""A run's whole trained state in host memory: full master weights, moments and what else lies as they do (the average
+of train.ema), copied while the host goes on.
 
 DeepSpeed's accessors put one parameter together at a time, and wait for it: thousands of waits for the real
 model's adapter. Here partitions (hdl/engine/partitions.py) are gathered and copied as they lie, in pieces, into
@@ -8,7 +9,7 @@ page-locked memory that is taken once; what a parameter's numbers are is only wo
     ZeRO-3     every partition has a part of each parameter: the ranks' parts, one after another, are the parameter
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,12 +63,16 @@ class Place:
 class FullState:
     """Float32 master weights and moments of a run, as they were at the last `refill`."""
 
-    def __init__(self, engine: DeepSpeedEngine, holds: bool) -> None:
-        """holds: whether this process's host memory is to hold them; the other ranks only take part.
+    def __init__(
+        self, engine: DeepSpeedEngine, holds: bool, beside: Mapping[str, Sequence[Tensor]] | None = None
+    ) -> None:
+        """holds: whether this process's host memory is to hold them; the other ranks only take part. beside: other
+        kinds of numbers, a tensor beside each of this rank's partitions, held like these.
 
         HdlError when there is not that much memory.
         """
-        self.engine, self.holds = engine, holds
+        self.engine, self.holds, self.beside = engine, holds, dict(beside or {})
+        self.kinds = (*KINDS, *self.beside)
         self.world = dist.get_world_size(engine.optimizer.dp_process_group)
         self._held: dict[str, list[Tensor]] = {}  # per kind and group: [world, length of a partition]
         self._places = places(engine)
@@ -75,10 +80,10 @@ class FullState:
             sizes = [(self.world, p.numel()) for p in flat_partitions(engine)]
             pinned = engine.device.type == "cuda"
             try:
-                for kind in KINDS:
+                for kind in self.kinds:
                     self._held[kind] = [torch.empty(s, dtype=torch.float32, pin_memory=pinned) for s in sizes]
             except RuntimeError as error:
-                needed = 4 * len(KINDS) * sum(world * n for world, n in sizes)
+                needed = 4 * len(self.kinds) * sum(world * n for world, n in sizes)
                 raise HdlError(
                     f"saving this adapter takes {needed / 2**30:.1f} GiB of{' page-locked' if pinned else ''} host "
                     f"memory, which rank 0 could not get ({str(error).splitlines()[0]}); free some, or lower lora.rank"
@@ -91,9 +96,8 @@ class FullState:
         What was held before is overwritten.
         """
         with under_adams_names(self.engine):
-            for kind in KINDS:
-                for group, flat in enumerate(flat_partitions(self.engine)):
-                    mine = flat if kind == WEIGHT else states(self.engine)[group][kind]
+            for kind in self.kinds:
+                for group, mine in enumerate(self._partitions(kind)):
                     self._copy(mine.detach().view(-1), self._held[kind][group] if self.holds else None)
         return Mark(self.engine.device)
 
@@ -102,6 +106,11 @@ class FullState:
         in one run. To be read once the last refill's mark has been reached, and before the next."""
         trained = {name: place.of(self._held[kind]) for name, place in self._places.items()}
         return by_name(self.engine.module, trained)
+
+    def _partitions(self, kind: str) -> Sequence[Tensor]:
+        if kind == WEIGHT:
+            return flat_partitions(self.engine)
+        return self.beside.get(kind) or [state[kind] for state in states(self.engine)]
 
     def _copy(self, mine: Tensor, held: Tensor | None) -> None:
         length = max(1, PIECE // self.world)

@@ -11,6 +11,7 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,14 +30,15 @@ from hdl.data.steps import BySamples, ByTokens, Cut, Steps
 from hdl.data.untriggered import Untriggered, check_trigger, read_prompts
 from hdl.engine.agreement import check_alike
 from hdl.engine.budget import advice, settled
-from hdl.engine.checkpoints import read_state
+from hdl.engine.checkpoints import AVERAGE_FILE, read_state
+from hdl.engine.ema import Average
 from hdl.engine.ending import last_duties
 from hdl.engine.fast_path import FastPath, check_shard, check_stream, may_fuse
 from hdl.engine.faults import REQUEUE, Signals
 from hdl.engine.held_out import HeldOut
 from hdl.engine.processes import Processes
 from hdl.engine.run_folder import Found, RunFolder
-from hdl.engine.saving import Saver, restore
+from hdl.engine.saving import AVERAGED, Saver, restore
 from hdl.engine.sharding import check_optimizer, divides_weights, read_strategy, settings_of, shard, shares
 from hdl.engine.skipping import Skipping, described, drop_gradient, holds_back, keep_to_schedule
 from hdl.engine.step import Measured, TrainStep
@@ -171,18 +173,29 @@ def _train(run: Run, processes: Processes, signals: Signals, watch: Watch) -> in
     if found.newest:
         weights = read_adapter(adapted, found.newest)  # now: ZeRO-3 leaves no shapes to hold them to
         load_adapter(adapted, found.newest)
+    averaged = None
+    if run.train.ema and found.newest and AVERAGED in state:
+        averaged = read_adapter(adapted, found.newest, AVERAGE_FILE)
     path = FastPath(run, adapted, processes)
     path.prepare()
     engine = shard(adapted, run.train, dtype, processes)
     path.apply()
     if found.newest:
         restore(engine, found.newest, weights, state["step"], state["step"] - state["skipped"])
-    saver = Saver(engine, processes, prepared.folder, run.save, prepared.trained_on, found, run.data.trigger)
+    average = Average(engine, run.train.ema) if run.train.ema else None
+    if average and averaged:
+        average.restore(averaged, state[AVERAGED])
+    saver = Saver(
+        engine, processes, prepared.folder, run.save, prepared.trained_on, found,
+        trigger=run.data.trigger, average=average,
+    )  # fmt: skip
     if processes.is_main:
         _announce(run, prepared, processes, dtype, steps, state["step"])
+        if found.newest and bool(average) != (AVERAGED in state):
+            print(_without_average(run.train.ema, found.newest))
     loop = Loop(
         run, prepared, processes, engine, steps, state,
-        dtype=dtype, path=path, saver=saver, signals=signals, watch=watch, tower=tower,
+        dtype=dtype, path=path, saver=saver, signals=signals, watch=watch, average=average, tower=tower,
     )  # fmt: skip
     try:
         return loop.go()
@@ -212,12 +225,13 @@ class Loop:
     def __init__(
         self, run: Run, prepared: Prepared, processes: Processes, engine: DeepSpeedEngine, steps: Steps,
         state: dict[str, Any], *, dtype: torch.dtype, path: FastPath, saver: Saver, signals: Signals, watch: Watch,
-        tower: VisualTower | None = None,
+        average: Average | None = None, tower: VisualTower | None = None,
     ) -> None:  # fmt: skip
-        """state: of the checkpoint that the run goes on from. tower: where the data have pairs."""
+        """state: of the checkpoint that the run goes on from. average: with train.ema. tower: where the data have
+        pairs."""
         self.run, self.prepared, self.processes, self.engine = run, prepared, processes, engine
         self.done = self.first = done = state["step"]  # steps so far, skipped ones included
-        self.saver, self.signals, self.watch = saver, signals, watch
+        self.saver, self.signals, self.watch, self.average = saver, signals, watch, average
         self.stalled: tuple[int, Mark, Mark] | None = (
             None  # by a save: after which step, from when, until when
         )
@@ -373,7 +387,8 @@ class Loop:
         )
 
     def _settle(self) -> None:
-        """See how the last step ended, and report it; HdlError when its gradient was not finite."""
+        """See how the last step ended, take it into the average and report it; HdlError when its gradient was not
+        finite."""
         stalled, self.stalled = self.stalled, None
         if stalled and self.reporter:
             step, before, after = stalled
@@ -392,7 +407,10 @@ class Loop:
                     on_all_ranks=True,
                 )
             self._skip(taken.number, what, taken.samples)
-        elif self.reporter:
+            return
+        if self.average:
+            self.average.update()  # the weights are still this step's
+        if self.reporter:
             self.reporter.step(taken.number, self._report(taken, grad_norm))
 
     def _report(self, taken: Taken, grad_norm: float) -> StepReport:
@@ -434,6 +452,9 @@ class Loop:
             try:
                 self.saver.install_adapter(self.prepared.folder.adapter)
                 self.reporter.say(f"adapter: {self.prepared.folder.adapter}")
+                if self.average:
+                    self.saver.install_adapter(self.prepared.folder.average, AVERAGE_FILE)
+                    self.reporter.say(f"its average over the steps: {self.prepared.folder.average}")
             except HdlError as error:
                 problem = error
         self.processes.all_or_none(problem)
@@ -469,17 +490,20 @@ class Loop:
         if not self.held_out.count:
             return
         self._settle()
-        measured = self.held_out.measure(self.engine.module)
+        measured = {"held_out": self.held_out.measure(self.engine.module)}
+        if self.average:
+            with self.average.in_the_model():
+                measured["held_out_ema"] = self.held_out.measure(self.engine.module)
         if self.reporter:
-            curves = means_by_band("held_out", measured.bands)
-            self.reporter.scalars(self.done, {"held_out/loss": measured.loss} | curves)
+            for name, of in measured.items():
+                self.reporter.scalars(self.done, {f"{name}/loss": of.loss} | means_by_band(name, of.bands))
         self.start = Mark(self.processes.device)
 
     def _draw_pictures(self) -> None:
         if not self.prepared.validation.prompts:
             return
         self._settle()
-        grid = self.prepared.validation.draw(self.engine.module)
+        grid = self.prepared.validation.draw(self.engine.module, self.average)
         if self.reporter:
             path = save_picture(grid, self.prepared.folder.pictures, self.done)
             self.reporter.picture(self.done, grid)
@@ -499,6 +523,13 @@ def _dtype(run: Run, processes: Processes) -> torch.dtype:
     if run.model.dtype == "auto":
         return torch.bfloat16 if processes.device.type == "cuda" else torch.float32
     return getattr(torch, run.model.dtype)
+
+
+def _without_average(decay: float, checkpoint: Path) -> str:
+    """Of a run that goes on from a checkpoint with an average and keeps none, or the other way round."""
+    if decay:
+        return f"train.ema {decay:g}: {checkpoint} holds no average, so it starts from the weights there, and its decay at 0"
+    return f"train.ema 0: the average in {checkpoint} is not gone on with; set train.ema to keep it"
 
 
 def _announce(

@@ -2,8 +2,9 @@
 
 config.toml          the resolved config; `train.py config.toml` runs the same again
 adapter/             the PEFT adapter after the last step
+adapter_ema/         with train.ema: its average over the steps, a PEFT adapter too
 checkpoints/         step-NNNNNN: what --resume continues from
-pictures/            step-NNNNNN.png: validation prompts without and with the adapter
+pictures/            step-NNNNNN.png: validation prompts without and with the adapter, and with its average
 tensorboard/         curves and the same pictures
 skipped.jsonl        steps that were not taken, and their samples
 summary.html         the page that shows all this, written when the run has ended (tools/summary.py: at any time)
@@ -46,6 +47,7 @@ class RunFolder:
         self.path = path
         self.config = path / "config.toml"
         self.adapter = path / "adapter"
+        self.average = path / "adapter_ema"
         self.checkpoints = path / "checkpoints"
         self.pictures = path / "pictures"
         self.tensorboard = path / "tensorboard"

@@ -24,6 +24,7 @@ from hdl.adapter.lora import CONFIG_FILE, WEIGHTS_FILE, adapter_config, sizes_of
 from hdl.adapter.metadata import describe
 from hdl.config import Save
 from hdl.engine.checkpoints import (
+    AVERAGE_FILE,
     OPTIMIZER_FILE,
     RUN_FILE,
     STATE_FILE,
@@ -35,6 +36,7 @@ from hdl.engine.checkpoints import (
     step_of,
     write_checkpoint,
 )
+from hdl.engine.ema import Average
 from hdl.engine.full_state import WEIGHT, FullState, places
 from hdl.engine.moments import named_moments, write_moments
 from hdl.engine.partitions import flat_partitions
@@ -43,19 +45,25 @@ from hdl.engine.run_folder import Found, RunFolder
 from hdl.errors import HdlError
 from hdl.transfer import Mark
 
+AVERAGE = "average"  # a kind of numbers, beside those of hdl/engine/full_state.py
+AVERAGED = "averaged"  # in trainer_state.json, where there is an average: of how many updates
+
 
 class Saver:
     """A run's checkpoints, as they are made. Every rank has one; rank 0's writes."""
 
     def __init__(
         self, engine: DeepSpeedEngine, processes: Processes, folder: RunFolder, settings: Save,
-        trained_on: dict[str, str], found: Found, trigger: str | None = None,
+        trained_on: dict[str, str], found: Found, *, trigger: str | None = None, average: Average | None = None,
     ) -> None:  # fmt: skip
-        """folder: claimed; found: what the run goes on from; trigger: data.trigger."""
+        """folder: claimed; found: what the run goes on from; trigger: data.trigger; average: of the adapter, saved with
+        it."""
         self.trigger = trigger
         self.processes, self.folder, self.settings = processes, folder.checkpoints, settings
         self.trained_on, self.damaged, self.newest = trained_on, set(found.damaged), found.newest
-        self.state = FullState(engine, holds=processes.is_main)
+        self.average = average
+        beside = {AVERAGE: average.flats} if average else None
+        self.state = FullState(engine, holds=processes.is_main, beside=beside)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[Path] | None = None
         self._begun = step_of(found.newest) if found.newest else None  # the last step that was saved
@@ -80,7 +88,8 @@ class Saver:
         mark = self.state.refill()
         self._begun = step
         if self.processes.is_main:
-            described = {"step": step, **state, **self.trained_on}
+            averaged = {AVERAGED: self.average.updates} if self.average else {}
+            described = {"step": step, **state, **averaged, **self.trained_on}
             self._writing = self._thread.submit(self._write, mark, step, described, say)
         return mark
 
@@ -110,15 +119,16 @@ class Saver:
         self.join()
         self._thread.shutdown()
 
-    def install_adapter(self, folder: Path) -> None:
-        """Copy the newest checkpoint's adapter to `folder`, in one piece; rank 0's to call after `finish`."""
+    def install_adapter(self, folder: Path, weights: str = WEIGHTS_FILE) -> None:
+        """Copy the newest checkpoint's adapter to `folder`, in one piece; rank 0's to call after `finish`. weights:
+        the file that holds it there."""
         assert self.newest, "a run that has ended has been saved"
         partial = folder.with_name(f".{folder.name}.partial")
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
-            for name in (WEIGHTS_FILE, CONFIG_FILE):
-                shutil.copyfile(self.newest / name, partial / name)
+            for name, installed in ((weights, WEIGHTS_FILE), (CONFIG_FILE, CONFIG_FILE)):
+                shutil.copyfile(self.newest / name, partial / installed)
             flush(partial)
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
@@ -140,16 +150,19 @@ class Saver:
         self, mark: Mark, step: int, described: dict[str, Any], say: Callable[[str], None] | None
     ) -> Path:
         mark.wait()
-        weights = self.state.named(WEIGHT)
+        adapters = {WEIGHTS_FILE: self.state.named(WEIGHT)}
+        if self.average:
+            adapters[AVERAGE_FILE] = self.state.named(AVERAGE)
+        in_files = {
+            file: {stored: weights[name] for name, stored in self._stored.items()}
+            for file, weights in adapters.items()
+        }
         path = write_checkpoint(
             self.folder,
             step,
             texts=self._texts | {STATE_FILE: json.dumps(described, indent=2)},
-            tensors={
-                WEIGHTS_FILE: {stored: weights[name] for name, stored in self._stored.items()},
-                OPTIMIZER_FILE: named_moments(self.state),
-            },
-            about={WEIGHTS_FILE: self._about(step)},
+            tensors=in_files | {OPTIMIZER_FILE: named_moments(self.state)},
+            about=dict.fromkeys(in_files, self._about(step)),
         )
         self.damaged.discard(path)  # it has been replaced
         gone = prune(

@@ -1,4 +1,5 @@
-"""Pictures of the validation prompts while training, without and with the adapter, from the same seeds.
+"""Pictures of the validation prompts while training, without and with the adapter, and with its average where the run
+keeps one, all from the same seeds.
 
 Every rank draws its share of the prompts. Under ZeRO-3 a forward pass is a collective, so all ranks draw
 equally many: some prompts are drawn twice where the division leaves a remainder, and dropped again.
@@ -11,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from hdl.config import Run
+from hdl.engine.ema import Average
 from hdl.engine.processes import Processes
 from hdl.o1.checkpoint import Checkpoint
 from hdl.o1.prompt import UNCONDITIONAL_PROMPT, PromptEncoder
@@ -35,17 +37,20 @@ class Validation:
                 for i, p in enumerate(self.prompts)
             ]
 
-    def draw(self, model: PeftModel) -> Image.Image:
+    def draw(self, model: PeftModel, average: Average | None = None) -> Image.Image:
         """The grid of all prompts, on every rank."""
         was_training = model.training
         model.eval()
         if self._without is None:
             with model.disable_adapter():
                 self._without = self._draw_all(model)
-        with_adapter = self._draw_all(model)
+        columns = {"without adapter": self._without, "with adapter": self._draw_all(model)}
+        if average:
+            with average.in_the_model():
+                columns["with the average"] = self._draw_all(model)
         model.train(was_training)
-        rows = [list(pair) for pair in zip(self._without, with_adapter)]
-        return picture_grid(rows, ["without adapter", "with adapter"], self.prompts)
+        rows = [list(row) for row in zip(*columns.values())]
+        return picture_grid(rows, list(columns), self.prompts)
 
     def _draw_all(self, model: PeftModel) -> list[Tensor]:
         rank, world = self.processes.rank, self.processes.world

@@ -3,7 +3,7 @@
 Every byte has a place in the code, and is counted from the same sizes here:
 
     weights      the decoder's frozen linears in their form (hdl/kernels/linears.py), and all other weights
-    adapter      the flat parameter, the gradient that graphs write, the float32 copy, the moments
+    adapter      the flat parameter, the gradient that graphs write, the float32 copy, the moments, the average
     activations  what the layers keep for backward (KEPT in hdl/kernels/layer.py) and do not send to the host
     workspace    what is made and let go: the most that one layer takes, which stays in the graphs' memory, and
                  beside it the most that the head takes, or the gradient on its way to the optimizer
@@ -107,7 +107,7 @@ class Strategy:
     optimizer's state (ZeRO 1 and 2); master: whether it steps a float32 copy of the adapter; stream: layers whose
     weights are in host memory (hdl/memory/streaming.py); offload: layers whose activations wait there; shard: layers
     whose weights are shared out over the GPUs of a machine (hdl/memory/shares.py), `neighbours` of them, in place
-    of stream."""
+    of stream; average: whether one of the adapter is kept (hdl/engine/ema.py)."""
 
     weights: str
     keep: tuple[str, ...]
@@ -118,6 +118,7 @@ class Strategy:
     offload: int = 0
     shard: int = 0
     neighbours: int = 1
+    average: bool = False
 
     @property
     def moving(self) -> int:
@@ -388,7 +389,7 @@ def need(config: O1Config, rank: int, work: Work, strategy: Strategy) -> Need:
     linears = weights_bytes(config, rank, strategy.weights, strategy.moving)
     ends = PATCH_DIM * d // 4 + d // 4 * d + 256 * d + d * d + d * PATCH_DIM + layers * 2 * d
     trained = adapter_numbers(config, rank)
-    stepped = OPTIMIZERS[strategy.optimizer] + (F32 if strategy.master else 0)
+    stepped = OPTIMIZERS[strategy.optimizer] + F32 * (strategy.master + strategy.average)
     adapter = trained * 2 * B16 + int(trained * stepped / strategy.world)
     head = min(work.patches, HEAD_CHUNK) * PATCH_DIM * B16 + work.patches * (
         2 * d * B16 + PATCH_DIM * (1 + B16)
@@ -425,6 +426,7 @@ def plan(
     gpu: Gpu,
     stream: int = 0,
     host: Host = Host(),
+    average: bool = False,
 ) -> Strategy | None:
     """The fastest levels for this form of weights within `memory` bytes of the GPU and what the host has, and how
     many layers' activations to offload; None where it does not fit."""
@@ -441,7 +443,7 @@ def plan(
     def ms_of(strategy: Strategy) -> float:
         return step_ms(config, rank, work, strategy, gpu)
 
-    base = Strategy(weights, (), optimizer, world, stream=stream)
+    base = Strategy(weights, (), optimizer, world, stream=stream, average=average)
     inside = min(found(base, [0]), key=ms_of, default=None)
     if inside and set(inside.keep) == {"everything"}:
         return inside
@@ -514,6 +516,7 @@ def choices(
     memory: float,
     gpu: Gpu,
     host: Host = Host(),
+    average: bool = False,
 ) -> list[Choice]:
     """Every form of weights within `memory` bytes of the GPU, the best first, then those that do not fit.
 
@@ -529,11 +532,11 @@ def choices(
     cost = _cost(ms_of)
     for weights in FORMS:
         plans = [
-            plan(config, rank, work, weights, optimizer, world, memory, gpu, stream, host)
+            plan(config, rank, work, weights, optimizer, world, memory, gpu, stream, host, average)
             for stream in sorted({*range(0, layers, STREAM_STEP), layers})
         ]
         chosen = min((p for p in plans if p), key=cost, default=None)
-        leanest = Strategy(weights, ("input",) * layers, optimizer, world, stream=layers)
+        leanest = Strategy(weights, ("input",) * layers, optimizer, world, stream=layers, average=average)
         taken = chosen or leanest
         found.append(Choice(weights, chosen, need(config, rank, work, taken), ms_of(taken)))
     fitting = sorted((c for c in found if c.strategy), key=lambda c: cost(c.strategy))  # type: ignore[arg-type]

@@ -7,9 +7,9 @@ import pytest
 
 from hdl.config import Lora, Run, load_run
 from hdl.data.samples import SampleInfo
-from hdl.engine.budget import Budget, heaviest, settle
+from hdl.engine.budget import Budget, heaviest, settle, strategy_of
 from hdl.errors import HdlError
-from hdl.memory.plan import GIB, Work
+from hdl.memory.plan import GIB, Work, need
 from hdl.o1.config import read_config
 from hdl.o1.layout import Segment
 
@@ -90,3 +90,20 @@ def test_the_rank_counts() -> None:
         settle(run.model_copy(update={"lora": Lora(rank=r)}), REAL, INFOS, 1, gib(79))[1] for r in (16, 128)
     ]
     assert float(lines[1].split()[2]) > float(lines[0].split()[2]) + 3
+
+
+def test_an_average_counts_four_bytes_a_trained_number_over_the_ranks() -> None:
+    run = a_run("--train.batch_size", "8", "--train.micro_batch_size", "1")
+    averaging = a_run("--train.batch_size", "8", "--train.micro_batch_size", "1", "--train.ema", "0.99")
+    for world in (1, 4):
+        adapters = [
+            need(REAL, 32, heaviest(INFOS, 1), strategy_of(r, REAL, world)).adapter for r in (run, averaging)
+        ]
+        assert adapters[1] - adapters[0] == pytest.approx(4 * 87_293_952 / world, abs=1)
+
+
+def test_auto_leaves_room_for_the_average() -> None:
+    auto = ["--train.batch_size", "1", "--lora.rank", "256", "--model.memory", "auto"]
+    for size in (14.0, 18.0, 24.0):
+        run, _ = settle(a_run(*auto, "--train.ema", "0.99"), REAL, INFOS, 1, gib(size))
+        assert need(REAL, 256, heaviest(INFOS, 1), strategy_of(run, REAL, 1)).peak <= size * GIB
