@@ -44,10 +44,11 @@ def requests(encoder: PromptEncoder, *prompts: str) -> list[Request]:
     return [Request(encoder.embed(encoder.ids(p)), 64, 96, seed) for seed, p in enumerate(prompts)]
 
 
-def drift_of(
-    encoder: PromptEncoder, model: PeftModel, *prompts: str, processes: Processes | None = None
-):  # type: ignore[no-untyped-def]
-    without, asking = requests(encoder, *prompts), requests(encoder, *(f"kotonia style, {p}" for p in prompts))
+def drift_of(encoder: PromptEncoder, model: PeftModel, *prompts: str, processes: Processes | None = None):  # type: ignore[no-untyped-def]
+    without, asking = (
+        requests(encoder, *prompts),
+        requests(encoder, *(f"kotonia style, {p}" for p in prompts)),
+    )
     here = processes or Processes(0, 1, torch.device("cpu"))
     return Drift(without, asking, here, VARIANTS["full"], torch.float32).measure(model)
 
