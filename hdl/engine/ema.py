@@ -65,15 +65,13 @@ class Average:
     def in_the_model(self) -> Iterator[None]:
         """The model computes with the average, rounded to its dtype, and afterwards with its own weights again, to
         the bit. Every rank does this together, between steps."""
-        mine = list(_pieces(_trained_partitions(self.engine)))
-        self._model.store(mine)
-        self._model.copy_to(mine)
-        _tell_all_ranks(self.engine)
-        try:
-            yield
-        finally:
+        mine = list(_pieces(_computed_with(self.engine)))
+        with _written_to(self.engine):
+            self._model.store(mine)
+            self._model.copy_to(mine)
+        yield  # an error ends the run: to bring the weights back, this rank would wait for others that go on
+        with _written_to(self.engine):
             self._model.restore(mine)
-            _tell_all_ranks(self.engine)
 
 
 def _pieces(flats: Iterable[Tensor]) -> Iterator[nn.Parameter]:
@@ -82,22 +80,25 @@ def _pieces(flats: Iterable[Tensor]) -> Iterator[nn.Parameter]:
         yield from (nn.Parameter(piece) for piece in flat.detach().view(-1).split(PIECE))
 
 
-def _trained_partitions(engine: DeepSpeedEngine) -> list[Tensor]:
+def _computed_with(engine: DeepSpeedEngine) -> list[Tensor]:
     """This rank's parts of what the model computes with. With a master of the same dtype they may be the master."""
     zero = engine.optimizer
     if is_zero3(engine):
-        zero.checkpoint_event_prologue()  # every parameter is where its parts are, and nowhere else
         return list(zero.fp16_partitioned_groups_flat)
     rank = dist.get_rank(zero.dp_process_group)
     return [parts[rank] for parts in zero.parallel_partitioned_bit16_groups]
 
 
-def _tell_all_ranks(engine: DeepSpeedEngine) -> None:
-    """Bring this rank's parts to where the model reads them, as DeepSpeed does after a step."""
+@contextmanager
+def _written_to(engine: DeepSpeedEngine) -> Iterator[None]:
+    """What is written to these parts comes to where the model reads it, on all ranks, as after DeepSpeed's step."""
     zero = engine.optimizer
     if is_zero3(engine):
-        zero.checkpoint_event_epilogue()  # the parameters that stay whole; others are gathered when they are used
+        zero.checkpoint_event_prologue()  # no parameter is whole
+        yield
+        zero.checkpoint_event_epilogue()  # those that stay whole are; others will be gathered when they are used
         return
+    yield
     rank = dist.get_rank(zero.dp_process_group)
     for whole, parts in zip(zero.bit16_groups_flat, zero.parallel_partitioned_bit16_groups):
         dist.all_gather_into_tensor(whole, parts[rank].clone(), group=zero.dp_process_group)

@@ -452,7 +452,7 @@ class Loop:
             try:
                 self.saver.install_adapter(self.prepared.folder.adapter)
                 self.reporter.say(f"adapter: {self.prepared.folder.adapter}")
-                if self.average:
+                if self.saver.newest and (self.saver.newest / AVERAGE_FILE).exists():
                     self.saver.install_adapter(self.prepared.folder.average, AVERAGE_FILE)
                     self.reporter.say(f"its average over the steps: {self.prepared.folder.average}")
             except HdlError as error:
