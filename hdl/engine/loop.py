@@ -42,12 +42,14 @@ from hdl.engine.saving import AVERAGED, Saver, restore
 from hdl.engine.sharding import check_optimizer, divides_weights, read_strategy, settings_of, shard, shares
 from hdl.engine.skipping import Skipping, described, drop_gradient, holds_back, keep_to_schedule
 from hdl.engine.step import Measured, TrainStep
-from hdl.engine.validation import Validation, save_picture
+from hdl.engine.validation import WITH, WITHOUT, Validation, save_picture
 from hdl.engine.watch import Watch
 from hdl.engine.zero3 import load_partitioned
 from hdl.errors import HdlError
 from hdl.flow.noise import VARIANTS
 from hdl.flow.sigma import draw_sigmas
+from hdl.metrics.best import BEST_FILE, Judged, best_text, is_over, read_best
+from hdl.metrics.metrics import Metrics, Report
 from hdl.o1.checkpoint import Checkpoint, load_model, open_checkpoint
 from hdl.o1.prompt import PromptEncoder
 from hdl.o1.visual import VisualTower, tower_bytes
@@ -70,6 +72,7 @@ class Prepared:
     mixture: Mixture
     keeping: Keeping | None
     validation: Validation
+    metrics: Metrics
     trained_on: dict[str, str]
     found: Found  # rank 0's: what to continue
 
@@ -92,6 +95,7 @@ def prepare(run: Run, processes: Processes) -> Prepared:
     check_stream(run, checkpoint.config, _dtype(run, processes))
     untriggered = _untriggered(run, checkpoint, mixture)
     validation = Validation(run, checkpoint, processes)
+    metrics = Metrics(run, validation.encoder, mixture, processes)
     adapter = f"rank {run.lora.rank}, targets {run.lora.targets}"
     trained_on = {"base": fingerprint, "data": mixture.dataset_hash, "adapter shape": adapter}
     keeping = None
@@ -107,7 +111,9 @@ def prepare(run: Run, processes: Processes) -> Prepared:
         if run.resume != "no":
             found = folder.find(run, trained_on)
         folder.claim(run)
-    return Prepared(run, fuses, expected, folder, checkpoint, mixture, keeping, validation, trained_on, found)
+    return Prepared(
+        run, fuses, expected, folder, checkpoint, mixture, keeping, validation, metrics, trained_on, found
+    )
 
 
 def _untriggered(run: Run, checkpoint: Checkpoint, mixture: Mixture) -> Untriggered | None:
@@ -243,6 +249,8 @@ class Loop:
             dtype=dtype, fused=path.fused, ease=self._ease, concern=self._concern, tower=tower, lockstep=path.lockstep,
             base=self._without_adapter,
         )  # fmt: skip
+        self.dtype = dtype
+        self.best: Judged | None = processes.gather(read_best(prepared.folder.best))[0]
         self.taken: Taken | None = None
         self.start = Mark(processes.device)  # of the next step
         self.steps = steps
@@ -265,7 +273,7 @@ class Loop:
         try:
             if self.done == 0:
                 self._validate()
-            while self.done < steps:
+            while self.done < steps and not self._is_over():
                 concerned = self._step()
                 last = self.done == steps
                 asked = self._attend() if concerned else None
@@ -275,6 +283,7 @@ class Loop:
                     self._save()
                 if last or self.done % run.validation.every == 0:
                     self._validate()
+            self._save()  # where the run is over before its last step
             self.saver.finish()
             self._install_adapter()
             self._tell_what_was_drawn()
@@ -503,12 +512,59 @@ class Loop:
         if not self.prepared.validation.prompts:
             return
         self._settle()
-        grid = self.prepared.validation.draw(self.engine.module, self.average)
+        validation = self.prepared.validation
+        drawn = validation.draw(self.engine.module, self.average)
         if self.reporter:
+            grid = validation.grid(drawn)
             path = save_picture(grid, self.prepared.folder.pictures, self.done)
             self.reporter.picture(self.done, grid)
             self.reporter.say(f"pictures after {self.done} steps: {path}")
+        self._judge(drawn[WITHOUT], drawn[WITH])
         self.start = Mark(self.processes.device)
+
+    def _judge(self, without: list[torch.Tensor], with_adapter: list[torch.Tensor]) -> None:
+        """Report what is measured on predictions and pictures, and keep the adapter if it is the best so far."""
+        report, problem = Report(), None
+        with self.watch.excused():  # rank 0 looks at the pictures
+            try:
+                model = self.engine.module
+                report = self.prepared.metrics.report(model, self.done, without, with_adapter, self.dtype)
+            except HdlError as error:
+                problem = error
+            self.processes.all_or_none(problem)
+        if self.reporter:
+            self.reporter.scalars(self.done, report.curves)
+        judged: Judged | None = self.processes.gather(report.judged)[0]
+        if judged and self.done and (self.best is None or judged.score > self.best.score):
+            self._keep_best(judged)
+
+    def _keep_best(self, judged: Judged) -> None:
+        """Save this step, whether it is its turn or not, and copy its adapter."""
+        self.best = judged
+        self._save()
+        self.saver.finish()
+        problem = None
+        if self.reporter:
+            folder = self.prepared.folder.best
+            try:
+                self.saver.install_adapter(folder, texts={BEST_FILE: best_text(judged)})
+                self.reporter.say(
+                    f"the best adapter so far: {folder}, gate {judged.gate:.3f}, relative drift {judged.drift:.3f}"
+                )
+            except HdlError as error:
+                problem = error
+        self.processes.all_or_none(problem)
+
+    def _is_over(self) -> bool:
+        """Whether validations have stopped getting better; told once."""
+        validation = self.run.validation
+        over = is_over(self.best, self.done, validation.every, validation.stop_after)
+        if over and self.reporter and self.best:
+            self.reporter.say(
+                f"stopped after step {self.done}: no better score than {self.best.score:.3f} since step {self.best.step} "
+                f"(validation.stop_after {validation.stop_after})"
+            )
+        return over
 
 
 def _peak_memory(device: torch.device) -> float:

@@ -3,6 +3,7 @@
 config.toml          the resolved config; `train.py config.toml` runs the same again
 adapter/             the PEFT adapter after the last step
 adapter_ema/         with train.ema: its average over the steps, a PEFT adapter too
+best/                with validation.style: the adapter that scored best, and its scores in best.json
 checkpoints/         step-NNNNNN: what --resume continues from
 pictures/            step-NNNNNN.png: validation prompts without and with the adapter, and with its average
 tensorboard/         curves and the same pictures
@@ -48,6 +49,7 @@ class RunFolder:
         self.config = path / "config.toml"
         self.adapter = path / "adapter"
         self.average = path / "adapter_ema"
+        self.best = path / "best"
         self.checkpoints = path / "checkpoints"
         self.pictures = path / "pictures"
         self.tensorboard = path / "tensorboard"

@@ -7,7 +7,7 @@ next step (`problem`), on which all ranks then agree.
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -119,9 +119,11 @@ class Saver:
         self.join()
         self._thread.shutdown()
 
-    def install_adapter(self, folder: Path, weights: str = WEIGHTS_FILE) -> None:
+    def install_adapter(
+        self, folder: Path, weights: str = WEIGHTS_FILE, texts: Mapping[str, str] | None = None
+    ) -> None:
         """Copy the newest checkpoint's adapter to `folder`, in one piece; rank 0's to call after `finish`. weights:
-        the file that holds it there."""
+        the file that holds it there; texts: files to lie beside it."""
         assert self.newest, "a run that has ended has been saved"
         partial = folder.with_name(f".{folder.name}.partial")
         try:
@@ -129,6 +131,8 @@ class Saver:
             partial.mkdir()
             for name, installed in ((weights, WEIGHTS_FILE), (CONFIG_FILE, CONFIG_FILE)):
                 shutil.copyfile(self.newest / name, partial / installed)
+            for name, text in (texts or {}).items():
+                (partial / name).write_text(text, encoding="utf-8")
             flush(partial)
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)

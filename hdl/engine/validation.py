@@ -19,6 +19,8 @@ from hdl.o1.prompt import UNCONDITIONAL_PROMPT, PromptEncoder
 from hdl.sample.generate import Request, SamplerSettings, generate
 from hdl.sample.grid import picture_grid
 
+WITHOUT, WITH, WITH_AVERAGE = "without adapter", "with adapter", "with the average"
+
 
 class Validation:
     def __init__(self, run: Run, checkpoint: Checkpoint, processes: Processes) -> None:
@@ -29,28 +31,33 @@ class Validation:
             run.model.variant, settings.steps, settings.guidance_scale, settings.shift
         )
         self._without: list[Tensor] | None = None  # never changes while the adapter learns
+        self.encoder: PromptEncoder | None = None
         if self.prompts:
-            encoder = PromptEncoder(checkpoint)
+            self.encoder = encoder = PromptEncoder(checkpoint)
             self.empty = encoder.embed(encoder.ids(UNCONDITIONAL_PROMPT))
             self.requests = [
                 Request(encoder.embed(encoder.ids(p)), settings.height, settings.width, settings.seed + i)
                 for i, p in enumerate(self.prompts)
             ]
 
-    def draw(self, model: PeftModel, average: Average | None = None) -> Image.Image:
-        """The grid of all prompts, on every rank."""
+    def draw(self, model: PeftModel, average: Average | None = None) -> dict[str, list[Tensor]]:
+        """Every prompt's picture, uint8 [H, W, 3], on every rank: WITHOUT, WITH the adapter and WITH_AVERAGE, if there
+        is one."""
         was_training = model.training
         model.eval()
         if self._without is None:
             with model.disable_adapter():
                 self._without = self._draw_all(model)
-        columns = {"without adapter": self._without, "with adapter": self._draw_all(model)}
+        drawn = {WITHOUT: self._without, WITH: self._draw_all(model)}
         if average:
             with average.in_the_model():
-                columns["with the average"] = self._draw_all(model)
+                drawn[WITH_AVERAGE] = self._draw_all(model)
         model.train(was_training)
-        rows = [list(row) for row in zip(*columns.values())]
-        return picture_grid(rows, list(columns), self.prompts)
+        return drawn
+
+    def grid(self, drawn: dict[str, list[Tensor]]) -> Image.Image:
+        """A row a prompt."""
+        return picture_grid([list(row) for row in zip(*drawn.values())], list(drawn), self.prompts)
 
     def _draw_all(self, model: PeftModel) -> list[Tensor]:
         rank, world = self.processes.rank, self.processes.world

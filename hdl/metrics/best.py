@@ -2,15 +2,13 @@
 
 An adapter's score at a validation is gate - lambda * drift: how much more of the look its pictures have with the
 trigger than without it, less lambda times its relative drift (hdl/metrics/drift.py). The best one so far lies in
-`best/`, with its numbers in best.json. That file is all there is to remember: a resumed run reads it, and comes to
+`best/`, and its numbers beside it in best.json. That file is all there is to remember: a resumed run reads it, and comes to
 the same numbers again where it takes steps again.
 """
 
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-from hdl.engine.checkpoints import flush_folder
 
 BEST_FILE = "best.json"
 
@@ -29,19 +27,17 @@ def judged(step: int, gate: float, drift: float, drift_weight: float) -> Judged:
     return Judged(step, gate - drift_weight * drift, gate, drift)
 
 
-def read_best(run: Path) -> Judged | None:
-    """What best.json of a run's folder says; None where there is none yet."""
+def read_best(folder: Path) -> Judged | None:
+    """What a run's folder of the best adapter says of it; None where there is none yet."""
     try:
-        return Judged(**json.loads((run / BEST_FILE).read_text()))
+        return Judged(**json.loads((folder / BEST_FILE).read_text()))
     except FileNotFoundError:
         return None
 
 
-def write_best(run: Path, best: Judged) -> None:
-    partial = run / f".{BEST_FILE}.partial"
-    partial.write_text(json.dumps(asdict(best)) + "\n")
-    partial.rename(run / BEST_FILE)
-    flush_folder(run)
+def best_text(best: Judged) -> str:
+    """Of best.json."""
+    return json.dumps(asdict(best)) + "\n"
 
 
 def is_over(best: Judged | None, step: int, every: int, stop_after: int | None) -> bool:
