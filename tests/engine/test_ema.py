@@ -237,6 +237,9 @@ def test_it_can_be_begun_and_given_up_in_the_middle(
     )
     assert not (without.output / "checkpoints/step-000004" / AVERAGE_FILE).exists()
     assert not (without.output / "adapter_ema").exists()
+    arguments = [*described("without", **OPTIONS | {"train__ema": DECAY, "train__steps": 4}), "--resume"]
+    finished(server, arguments, tmp_path / "without")  # there is nothing left to average
+    assert not (without.output / "adapter_ema").exists()
 
     arguments = [*described("without", **OPTIONS | {"train__ema": DECAY}), "--resume"]
     begun = finished(server, arguments, tmp_path / "without")
