@@ -184,8 +184,13 @@ class Flow(Section):
     logit_std: float = Field(1.0, gt=0)
     shift: float = Field(1.0, gt=0)
     """Moves the levels: s(x) = shift x / (1 + (shift - 1) x); 1 leaves them."""
-    weighting: Literal["x0", "velocity"] = "x0"
-    """Error in the clean image, or in the velocity (x0 error / sigma^2)."""
+    shift_area: int | None = Field(None, ge=PATCH, multiple_of=PATCH)
+    """Side in pixels of the square picture that `shift` is meant for: one of n times its patches gets
+    shift sqrt(n), since more pixels show more through the same noise; unset: all get the same."""
+    weighting: Literal["x0", "velocity", "min_snr"] = "x0"
+    """Error in the clean image, in the velocity (x0 error / sigma^2), or x0 error times min(SNR, gamma) / gamma."""
+    min_snr_gamma: float = Field(5.0, gt=0)
+    """The gamma of weighting min_snr: levels whose signal-to-noise ratio is above it count alike."""
 
 
 class Preserve(Section):

@@ -104,7 +104,12 @@ class Plan:
 
     @property
     def patches(self) -> int:
-        return sum(int(pack.patches.sum()) for pack in self.packs)
+        return sum(self.patches_of_each)
+
+    @property
+    def patches_of_each(self) -> list[int]:
+        """By the samples' places."""
+        return [int(patches) for pack in self.packs for patches in pack.patches]
 
     @property
     def tokens(self) -> int:

@@ -47,7 +47,7 @@ from hdl.engine.watch import Watch
 from hdl.engine.zero3 import load_partitioned
 from hdl.errors import HdlError
 from hdl.flow.noise import VARIANTS
-from hdl.flow.sigma import draw_sigmas
+from hdl.flow.sigma import draw_sigmas, shift_by_size
 from hdl.metrics.best import BEST_FILE, Judged, best_text, is_over, read_best
 from hdl.metrics.metrics import Metrics, Report
 from hdl.o1.checkpoint import Checkpoint, load_model, open_checkpoint
@@ -305,7 +305,8 @@ class Loop:
         plan = self.steps.plan(step)
         sigmas = draw_sigmas(
             plan.samples, train.seed, step,
-            distribution=flow.sigma, mean=flow.logit_mean, std=flow.logit_std, shift=flow.shift,
+            distribution=flow.sigma, mean=flow.logit_mean, std=flow.logit_std,
+            shift=shift_by_size(flow.shift, flow.shift_area, plan.patches_of_each),
         )  # fmt: skip
         lr = self.engine.get_lr()[0]  # of this step
         samples = [(k, float(sigmas[p])) for batch in batches for k, p in zip(batch.keys, batch.places)]

@@ -102,7 +102,8 @@ def _inputs(
     """What the model is given, by place and by name, and each sample's factor in the loss."""
     levels = sigmas[batch.places]
     # All that the forward pass waits for goes in one copy.
-    factors = loss_weights(levels, flow.weighting) * torch.tensor(batch.weights)
+    factors = loss_weights(levels, flow.weighting, variant.noise_scale, flow.min_snr_gamma)
+    factors = factors * torch.tensor(batch.weights)
     sigma, t, weights = send(torch.stack([levels, 1.0 - levels, factors]), batch.patches.device)
     z = noise_patches(
         batch.patches, sigma, batch.patch_counts, noise_keys(batch.places, seed, step),

@@ -231,6 +231,8 @@ def test_packs_are_read_whole() -> None:
         plan = reader.steps.plan(step)
         parts = reader.of_step(step)
         assert [b.layout.tokens for b in parts] == [int(p.tokens.sum()) for p in plan.packs]
+        for part in parts:  # what a place's noise level is shifted by is its own sample's size
+            assert [plan.patches_of_each[place] for place in part.places] == list(part.patch_counts)
         assert {b.global_patches for b in parts} == {sum(len(b.patches) for b in parts)}
     assert reader.tally.draws == sum(reader.steps.plan(s).samples for s in range(12))
     reader.close()

@@ -10,7 +10,7 @@ from hdl.data.batches import pack
 from hdl.data.samples import Sample
 from hdl.flow.loss import X0Error, loss_weights, patch_errors, velocity
 from hdl.flow.noise import VARIANTS, add_noise, clip_noise, noise_keys
-from hdl.flow.sigma import draw_sigmas, shift_sigma
+from hdl.flow.sigma import draw_sigmas, shift_by_size, shift_sigma
 from hdl.flow.step import flow_matching_loss
 from hdl.kernels.noising import draw_noise
 from hdl.o1.config import O1Config
@@ -51,6 +51,17 @@ def test_shift_is_the_models_own_formula() -> None:
     assert float(shift_sigma(torch.tensor(0.5), 3.0)) == pytest.approx(0.75)
 
 
+def test_larger_pictures_are_shifted_by_the_root_of_their_size() -> None:
+    """Esser et al. eq. 23: sqrt(m/n) t / (1 + (sqrt(m/n) - 1) t), here on top of a shift of 3."""
+    patches = [64, 256, 16, 64]  # of a picture of 256x256 pixels, of 4 times and a quarter as many
+    plain = sigmas(4)
+    by_size = sigmas(4, shift=shift_by_size(3.0, 256, patches))
+    once = 3 * plain / (1 + 2 * plain)
+    for level, expected, root in zip(by_size, once, (1.0, 2.0, 0.5, 1.0)):
+        assert float(level) == pytest.approx(float(root * expected / (1 + (root - 1) * expected)), rel=1e-5)
+    assert shift_by_size(3.0, None, patches) == 3.0
+
+
 def test_sigma_is_never_zero_or_one() -> None:
     drawn = sigmas(100_000, distribution="logit_normal", std=20.0)
     assert drawn.min() > 0 and drawn.max() < 1
@@ -83,8 +94,19 @@ def test_velocity_weighting_is_the_velocity_loss() -> None:
     true_velocity = x0 - 8.0 * eps
     predicted = torch.stack([velocity(x_pred[i], z[i], float(sigma[i])) for i in range(6)])
     velocity_loss = (predicted - true_velocity).square().mean(-1)
-    weighted = patch_errors(x_pred, x0) * loss_weights(sigma.float(), "velocity")
+    weighted = patch_errors(x_pred, x0) * loss_weights(sigma.float(), "velocity", 8.0, 5.0)
     assert torch.allclose(weighted.double(), velocity_loss, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("noise_scale", "gamma"), [(8.0, 5.0), (7.5, 0.5)])
+def test_min_snr_weights_are_the_papers_over_gamma(noise_scale: float, gamma: float) -> None:
+    sigma = torch.tensor([1e-4, 0.01, 0.1, 0.5, 0.9])
+    weights = loss_weights(sigma, "min_snr", noise_scale, gamma).tolist()
+    ratios = [((1 - s) / (s * noise_scale)) ** 2 for s in sigma.tolist()]
+    assert ratios[0] > gamma > ratios[-1]  # both sides of the minimum
+    assert weights == pytest.approx([min(r, gamma) / gamma for r in ratios], rel=1e-5)
+    edge = torch.tensor([1 / (1 + noise_scale * gamma**0.5)])
+    assert float(loss_weights(edge, "min_snr", noise_scale, gamma)) == pytest.approx(1.0)
 
 
 def batch_of(grids: list[tuple[int, int]], places: list[int], global_patches: int):  # type: ignore[no-untyped-def]
@@ -144,7 +166,7 @@ def tiny_model() -> O1:
 
 @pytest.mark.interpreted
 @pytest.mark.parametrize("variant", ["full", "dev"])
-@pytest.mark.parametrize("weighting", ["x0", "velocity"])
+@pytest.mark.parametrize("weighting", ["x0", "velocity", "min_snr"])
 def test_a_loss_taken_at_the_head_is_the_loss(variant: str, weighting: str) -> None:
     model, batch = tiny_model(), batch_of([(1, 2), (1, 1)], [0, 1], 3)
     trained = model.model.language_model.layers[0].mlp.up_proj.weight.requires_grad_()
