@@ -199,7 +199,7 @@ class Preserve(Section):
 
     share: float = Field(0.25, ge=0, lt=1)
     """Of all draws, where data.trigger is set; 0: none."""
-    weight: float = Field(1.0, ge=0, allow_inf_nan=False)
+    weight: float = Field(16.0, ge=0, allow_inf_nan=False)
     """Factor of their loss."""
     prompts: Path | None = None
     """Text file, a prompt a line, to ask with in place of the draws' own captions without the trigger."""

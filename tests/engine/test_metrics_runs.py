@@ -24,7 +24,7 @@ def score(picture):
 MEASURED = {
     "data__trigger": "a photograph", "validation__prompts": ["a photograph of coins", "coins"],
     "validation__height": 64, "validation__width": 64, "validation__steps": 2, "validation__guidance_scale": 1.0,
-    "validation__every": 2, "validation__memorization": 1, "validation__drift_weight": 0.0,
+    "validation__every": 2, "validation__memorization": True, "validation__drift_weight": 0.0,
 }  # fmt: skip
 
 
@@ -42,10 +42,12 @@ def start(
     def started(name: str, scores: list[float], *flags: str, **options: object) -> tuple[int, str, Path]:
         (tmp_path / f"scores_of_{name}.py").write_text(SCORES.format(scores=scores))
         module = f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\n"
-        prompts = MEASURED["validation__prompts"]
         config = tmp_path / f"{name}.toml"
-        config.write_text(tomli_w.dumps({"validation": {"prompts": prompts}}))
-        usual = {k: v for k, v in MEASURED.items() if k != "validation__prompts"}
+        in_file = ("validation__prompts", "validation__memorization")  # no flag is given a list, or a yes
+        config.write_text(
+            tomli_w.dumps({"validation": {name.split("__")[1]: MEASURED[name] for name in in_file}})
+        )
+        usual = {k: v for k, v in MEASURED.items() if k not in in_file}
         usual |= {"validation__style": f"scores_of_{name}:score", "save__every": 100}
         arguments = described(name, **usual | options)
         job = server.start([str(config), *arguments, *flags], first=module)
@@ -74,7 +76,7 @@ def test_the_best_adapter_is_kept_and_a_run_that_gets_no_better_ends(start: Call
     for name in ("drift", "change", "drift/relative", "memorization/adapter", "memorization/base"):
         assert set(found[name]) == {0, 2, 4, 6, 8}, name
     assert found["drift"][0] == found["change"][0] == 0.0
-    assert 0 < found["drift"][8] and 0 < found["change"][8]
+    assert found["drift"][8] > 0 and found["change"][8] > 0
     assert found["drift/relative"][8] == pytest.approx(found["drift"][8] / found["change"][8], rel=1e-5)
     assert found["memorization/base"][0] == found["memorization/base"][8] == found["memorization/adapter"][0]
     assert set(found["preserve/error"]) == set(found["loss"])  # a draw of every step of four
@@ -95,7 +97,10 @@ def test_a_resumed_run_remembers_its_best(start: Callable) -> None:  # type: ign
 def test_a_score_that_fails_ends_the_run_before_it_begins(launch: Launch) -> None:
     run = launch(**MEASURED | {"validation__style": "tests.engine.test_metrics_runs:broken"})
     assert run.status == 1
-    assert "validation.style 'tests.engine.test_metrics_runs:broken' failed (ValueError('no mouth'))" in run.printed
+    assert (
+        "validation.style 'tests.engine.test_metrics_runs:broken' failed (ValueError('no mouth'))"
+        in run.printed
+    )
     assert "Traceback" not in run.printed
 
 

@@ -27,7 +27,11 @@ REPOSITORY = Path(__file__).parents[2]
 
 def empty_run(folder: Path, trigger: str = "kotonia style") -> Path:
     folder.mkdir(parents=True)
-    config = {"data": {"trigger": trigger}, "save": {"output": str(folder)}, "train": {"steps": 600, "lr": 0.000123}}
+    config = {
+        "data": {"trigger": trigger},
+        "save": {"output": str(folder)},
+        "train": {"steps": 600, "lr": 0.000123},
+    }
     (folder / "config.toml").write_text(tomli_w.dumps(config))
     return folder
 
