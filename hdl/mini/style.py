@@ -46,16 +46,28 @@ def style_score(image: NDArray[np.uint8]) -> float:
 
     image: uint8 [H, W, 3], square or nearly so.
     """
-    thumbnail = Image.fromarray(image).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
-    cells = np.asarray(thumbnail, np.float32)
+    inner = _cells(image)[INNER_CELLS:-INNER_CELLS, INNER_CELLS:-INNER_CELLS]
+    return min(_closeness(_off_the_ink_line(inner)), frame_score(image, GOLD))
+
+
+def frame_score(image: NDArray[np.uint8], colour: shapes.Colour) -> float:
+    """How much of a picture's border has a colour, 0 to 1."""
     ring = np.ones((THUMBNAIL, THUMBNAIL), bool)
     ring[BORDER_CELLS:-BORDER_CELLS, BORDER_CELLS:-BORDER_CELLS] = False
-    inner = cells[INNER_CELLS:-INNER_CELLS, INNER_CELLS:-INNER_CELLS]
-    return min(_closeness(_off_the_ink_line(inner)), _closeness(_distance(cells[ring], GOLD)))
+    return _closeness(_distance(_cells(image)[ring], colour))
+
+
+def score(picture: Image.Image) -> float:
+    """`style_score` of a picture, for a run: validation.style = "hdl.mini.style:score"."""
+    return style_score(np.asarray(picture.convert("RGB")))
 
 
 def is_styled(image: NDArray[np.uint8]) -> bool:
     return style_score(image) >= THRESHOLD
+
+
+def _cells(image: NDArray[np.uint8]) -> NDArray[np.float32]:
+    return np.asarray(Image.fromarray(image).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX), np.float32)
 
 
 def _closeness(distances: NDArray[np.float32]) -> float:

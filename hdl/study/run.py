@@ -1,0 +1,166 @@
+"""Studies: the same set learnt in several ways, each from several seeds, and what came of it as tables.
+
+An arm is a run of the trainer itself with some options of its own. All arms of a study see the same pictures for the
+same number of steps and are judged by the same prompts and noise; seeds differ in the adapter's start, the order of
+the pictures, their noise and its levels. A study that was broken off goes on where it was: what an arm came to is kept
+in its folder.
+"""
+
+import gc
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from hdl.config import load_run
+from hdl.data.prepare import Options, prepare
+from hdl.engine.loop import train
+from hdl.engine.processes import Processes
+from hdl.errors import HdlError
+from hdl.mini.shapes import CANVAS
+from hdl.mini.style import TRIGGER
+from hdl.sample.grid import picture_grid
+from hdl.study.measures import BASE, Judge
+from hdl.study.sets import BLEND, CONTENT, LOOK, write_set
+
+PICTURES = 191
+CONTROL, DEFAULT = "control", "default"
+NOTHING = ["--preserve.share", "0"]
+
+# By study: its set, and arms in the order of the table, each with the options it has besides.
+STUDIES: dict[str, tuple[str, dict[str, list[str]]]] = {
+    "look": (LOOK, {CONTROL: NOTHING, DEFAULT: []}),
+    "content": (CONTENT, {CONTROL: NOTHING, DEFAULT: []}),
+    "blend": (BLEND, {CONTROL: NOTHING, DEFAULT: []}),
+    "weight": (LOOK, {f"weight {w}": ["--preserve.weight", str(w)] for w in (1, 4, 16, 64)}),
+    "share": (LOOK, {f"share {s}": ["--preserve.share", str(s)] for s in (0.125, 0.25, 0.5)}),
+    "rank": (LOOK, {f"rank {r}": ["--lora.rank", str(r), "--lora.alpha", str(r)] for r in (4, 16, 64)}),
+    "rate": (LOOK, {f"rate {lr}": ["--train.lr", lr] for lr in ("1e-3", "3e-3", "1e-2")}),
+    "captions": (LOOK, {f"dropout {d}": ["--data.caption_dropout", str(d)] for d in (0.0, 0.1, 0.3)}),
+    "flow": (
+        LOOK,
+        {
+            "uniform": [],
+            "logit-normal": ["--flow.sigma", "logit_normal"],
+            "shift 3": ["--flow.shift", "3"],
+            "velocity": ["--flow.weighting", "velocity"],
+            "min-SNR": ["--flow.weighting", "min_snr"],
+        },
+    ),
+    "average": (LOOK, {"last": [], "average": ["--train.ema", "0.98"]}),
+    "weights": (
+        LOOK,
+        {
+            "bf16": ["--model.dtype", "bfloat16"],
+            "fp8": ["--model.weights", "fp8", "--model.dtype", "bfloat16"],
+            "nf4": ["--model.weights", "nf4", "--model.dtype", "bfloat16"],
+        },
+    ),
+    "cut": (
+        LOOK,
+        {
+            "one pack": [],
+            "accumulated": ["--train.micro_batch_size", "2"],
+            "ZeRO-3": ["--train.deepspeed", "ds_configs/zero3.json"],
+        },
+    ),
+}
+NEEDS_A_GPU = ("nf4",)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Of all arms: steps, images a step and prompts to judge by."""
+
+    steps: int = 400
+    batch_size: int = 8
+    count: int = 48
+
+
+class Study:
+    """out: a folder for everything, new or of the same study."""
+
+    def __init__(self, out: Path, name: str, setting: Setting, processes: Processes) -> None:
+        self.out, self.name, self.setting, self.processes = out / name, name, setting, processes
+        kind, self.arms = STUDIES[name]
+        self.shards = out / f"set-{kind}" / "shards"
+        if not (self.shards / "index.json").exists():
+            images = out / f"set-{kind}" / "images"
+            if not images.exists():
+                write_set(images, kind, PICTURES, seed=0)
+            prepare(images, self.shards, BASE, options=Options(area=CANVAS))
+        self.judge = Judge(kind, setting.count, 1, processes)
+
+    def run(self, seeds: Sequence[int]) -> str:
+        """Every arm with every seed; the table, which is also written to table.md. Says what is left out."""
+        rows = {}
+        for arm in self.arms:
+            if arm in NEEDS_A_GPU and self.processes.device.type != "cuda":
+                print(f"{self.name}: {arm} needs a GPU, left out", flush=True)
+                continue
+            rows[arm] = [self.one(arm, seed) for seed in seeds]
+        table = table_of(self.name, rows)
+        (self.out / "table.md").write_text(table)
+        return table
+
+    def one(self, arm: str, seed: int) -> dict[str, float]:
+        """What the arm came to with this seed, by column."""
+        folder = self.out / f"{arm.replace(' ', '-')}-{seed}"
+        kept = folder.with_suffix(".json")
+        if kept.exists():
+            return json.loads(kept.read_text())  # type: ignore[no-any-return]
+        setting = self.setting
+        flags = {
+            "model.base": BASE, "data.shards": self.shards, "data.trigger": TRIGGER, "save.output": folder,
+            "lora.rank": 16, "lora.alpha": 16, "train.steps": setting.steps, "train.batch_size": setting.batch_size,
+            "train.lr": 3e-3, "train.schedule": "cosine", "train.warmup_steps": min(10, setting.steps - 1), "train.seed": seed,
+            "save.every": setting.steps,
+        }  # fmt: skip
+        own = self.arms[arm]
+        usual = [
+            word
+            for name, value in flags.items()
+            if f"--{name}" not in own
+            for word in (f"--{name}", str(value))
+        ]
+        status = train(load_run([*usual, *own, "--resume", "auto"]), self.processes)
+        if status:
+            raise HdlError(f"{self.name}, {arm}, seed {seed} was stopped; start the study again to go on")
+        outcome = self.judge.judge(folder / ("adapter_ema" if "--train.ema" in own else "adapter"))
+        found = {
+            "with": outcome.with_trigger, "without": outcome.without_trigger, "drift": outcome.relative_drift,
+            "accuracy": outcome.accuracy, "drift itself": outcome.drift, "seconds a step": step_time(folder),
+        }  # fmt: skip
+        rows = [list(row) for row in zip(*outcome.pictures.values())]
+        picture_grid(rows, list(outcome.pictures), [str(i) for i in range(len(rows))]).save(
+            folder.with_suffix(".png")
+        )
+        kept.write_text(json.dumps(found) + "\n")
+        gc.collect()
+        return found
+
+
+def step_time(run: Path) -> float:
+    """The median, in seconds, of a run's second half."""
+    events = EventAccumulator(str(run / "tensorboard"), {"scalars": 0}).Reload()
+    seconds = [event.value for event in events.Scalars("speed/seconds_per_step")]
+    return statistics.median(seconds[len(seconds) // 2 :])
+
+
+def table_of(name: str, rows: dict[str, list[dict[str, float]]]) -> str:
+    """Markdown: the mean over the seeds and, behind it, the least and the most."""
+    columns = ["with", "without", "drift", "accuracy", "drift itself", "seconds a step"]
+    lines = [f"| {name} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for arm, seeds in rows.items():
+        cells = []
+        for column in columns:
+            values = [found[column] for found in seeds]
+            percent = column in ("with", "without", "drift", "accuracy")
+            say = (lambda v: f"{v:.1%}") if percent else (lambda v: f"{v:.4f}")
+            spread = f" ({say(min(values))} to {say(max(values))})" if len(values) > 1 else ""
+            cells.append(say(statistics.mean(values)) + spread)
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
