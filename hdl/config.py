@@ -10,6 +10,7 @@ named with what was expected.
 """
 
 import argparse
+import re
 from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NoReturn
@@ -175,6 +176,21 @@ class Lora(Section):
     dropout: float = Field(0.0, ge=0, lt=1)
     targets: str | list[str] = DECODER_LINEARS
     """PEFT target modules: a regular expression over module names, or a list of name endings."""
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=1024)]] = {}
+    """Other ranks by PEFT's patterns: a regular expression for how module names end, the first that matches counts:
+    "self_attn.q_proj" = 64 in every layer, 'layers\\.[0-3]\\..*' = 8 in the first four."""
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = {}
+    """Other alphas, likewise."""
+
+    @model_validator(mode="after")
+    def _patterns(self) -> "Lora":
+        for option in ("rank_pattern", "alpha_pattern"):
+            for key in getattr(self, option):
+                try:
+                    re.compile(key)
+                except re.error as error:
+                    raise ValueError(f"{option} {key!r} is not a regular expression ({error})") from None
+        return self
 
 
 class Flow(Section):

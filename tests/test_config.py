@@ -29,7 +29,11 @@ def test_the_command_line_alone_can_describe_a_run() -> None:
 
 
 def test_the_resolved_config_says_the_same_again(toml: Path, tmp_path: Path) -> None:
+    toml.write_text(
+        MINIMAL + "[lora.rank_pattern]\n'layers\\.[01]\\..*' = 4\n[lora.alpha_pattern]\nq_proj = 2.5\n"
+    )
     run = load_run([str(toml), "--train.steps", "7", "--model.keep", "input"])
+    assert run.lora.rank_pattern == {r"layers\.[01]\..*": 4} and run.lora.alpha_pattern == {"q_proj": 2.5}
     save_run(run, tmp_path / "saved.toml")
     assert load_run([str(tmp_path / "saved.toml")]) == run
 
@@ -47,6 +51,12 @@ def test_the_resolved_config_says_the_same_again(toml: Path, tmp_path: Path) -> 
         ("", ["--train.batch_size", "6", "--train.micro_batch_size", "4"], "4 does not divide batch_size 6"),
         ("[validation]\nheight = 100\n", [], "validation.height: Input should be a multiple of 32"),
         ("[model]\nbase = 'twice'\n", [], "not readable as TOML"),
+        (
+            "[lora.rank_pattern]\n'q_proj(' = 4\n",
+            [],
+            r"lora: rank_pattern 'q_proj\(' is not a regular expression",
+        ),
+        ("[lora.rank_pattern]\nq_proj = 0\n", [], r"lora.rank_pattern.q_proj: .*greater than or equal to 1"),
     ],
 )
 def test_mistakes_are_named(toml: Path, extra: str, flags: list[str], message: str) -> None:

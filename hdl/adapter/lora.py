@@ -10,12 +10,14 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hdl.adapter.formats import CONFIG_FILE, WEIGHTS_FILE, config_text
 from hdl.adapter.metadata import sizes
+from hdl.adapter.patterns import check_patterns
 from hdl.adapter.tensor_files import write_tensors
 from hdl.config import Lora
 from hdl.errors import HdlError
@@ -26,7 +28,8 @@ from hdl.seeds import derive_seed, seeded
 def attach(model: O1, lora: Lora, base: str, seed: int) -> PeftModel:
     """Wrap a frozen model with a fresh adapter (its output is zero); only the adapter is trainable.
 
-    base: recorded in the adapter as the model it belongs to. HdlError when no module matches `targets`.
+    base: recorded in the adapter as the model it belongs to. HdlError when no module matches `targets`,
+    or when a pattern decides about none.
     """
     config = LoraConfig(
         r=lora.rank,
@@ -34,6 +37,8 @@ def attach(model: O1, lora: Lora, base: str, seed: int) -> PeftModel:
         use_rslora=lora.rslora,
         lora_dropout=lora.dropout,
         target_modules=lora.targets,
+        rank_pattern=dict(lora.rank_pattern),
+        alpha_pattern=dict(lora.alpha_pattern),
     )
     try:
         with seeded(derive_seed(seed, "lora")):  # every rank starts from the same A
@@ -44,7 +49,14 @@ def attach(model: O1, lora: Lora, base: str, seed: int) -> PeftModel:
             "model.language_model.layers.0.self_attn.q_proj"
         ) from None
     config.base_model_name_or_path = base
+    check_patterns(lora, (name.removeprefix("base_model.model.") for name, _ in _adapted_layers(adapted)))
     return adapted
+
+
+def shape_of(lora: Lora) -> str:
+    """What two adapters must have in common to be the same tensors."""
+    patterns = f", rank_pattern {lora.rank_pattern}" if lora.rank_pattern else ""
+    return f"rank {lora.rank}, targets {lora.targets}{patterns}"
 
 
 def adapter_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
@@ -67,8 +79,11 @@ def save_adapter(
 
 def sizes_of(model: PeftModel) -> dict[str, str]:
     """What the adapter's file says of its form: rank and alpha, and whose tensors they are."""
-    config = _config_of(model)
-    return {**sizes([config.r], [config.lora_alpha]), "format": "pt"}
+    layers = [layer for _, layer in _adapted_layers(model)]
+    return {
+        **sizes((of.r["default"] for of in layers), (of.lora_alpha["default"] for of in layers)),
+        "format": "pt",
+    }
 
 
 def stored_names(model: PeftModel) -> dict[str, str]:
@@ -105,8 +120,8 @@ def read_adapter(model: PeftModel, folder: Path, name: str = WEIGHTS_FILE) -> di
     if wrong:
         raise HdlError(
             f"{folder / name} is an adapter of another shape: {wrong[0]} is {_shape(found, wrong[0])}, "
-            f"expected {expected.get(wrong[0])} ({len(wrong)} tensors differ); use the rank and targets it was "
-            "made with"
+            f"expected {expected.get(wrong[0])} ({len(wrong)} tensors differ); use the rank, rank_pattern and "
+            "targets it was made with"
         )
     return {name_of[stored]: weight for stored, weight in found.items()}
 
@@ -130,6 +145,10 @@ def open_adapter(model: O1, folder: Path) -> PeftModel:
     adapted = get_peft_model(model, config)  # type: ignore[arg-type]
     load_adapter(adapted.train(), folder)
     return adapted.requires_grad_(False).eval()
+
+
+def _adapted_layers(model: PeftModel) -> list[tuple[str, LoraLayer]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
 
 
 def _config_of(model: PeftModel) -> LoraConfig:

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from hdl.config import Run, Train
+from hdl.adapter.names import DECODER
+from hdl.adapter.patterns import value_of
+from hdl.config import Lora, Run, Train
 from hdl.data.samples import SampleInfo
 from hdl.engine.fast_path import check_layers
 from hdl.engine.processes import Processes
@@ -18,7 +20,7 @@ from hdl.engine.sharding import shares
 from hdl.errors import HdlError
 from hdl.kernels.backend import has_fp8
 from hdl.memory.host import available
-from hdl.memory.plan import GIB, GPUS, OPTIMIZERS, Host, Strategy, Work, choices, mix, need
+from hdl.memory.plan import GIB, GPUS, OPTIMIZERS, Host, Ranks, Strategy, Work, choices, mix, need
 from hdl.o1.config import O1Config
 from hdl.o1.layout import Segment
 
@@ -107,7 +109,7 @@ def settle(
     if run.model.memory == "auto":
         run = _fastest(run, config, work, world, budget)
     strategy = strategy_of(run, config, world)
-    needed = need(config, run.lora.rank, work, strategy)
+    needed = need(config, mean_ranks(run.lora, config), work, strategy)
     if needed.peak > MARGIN * budget.bytes:
         fastest = _fastest(run, config, work, world, budget)
         raise HdlError(
@@ -124,6 +126,17 @@ def settle(
         f"memory: about {needed.peak / GIB:.1f} of {budget.bytes / GIB:.1f} GiB expected with {_described(run)}: "
         f"{_parts(run, config, work, strategy)}"
     )
+
+
+def mean_ranks(lora: Lora, config: O1Config) -> Ranks:
+    """Of each of the seven linears, the mean of its ranks over the layers: what memory is planned with.
+
+    Sums over the layers are exact by it, but for the padding of ranks to multiples of 8; a layer with larger ranks
+    than the mean works in a few MB more.
+    """
+    layers = range(config.num_hidden_layers)
+    names = [[f"model.language_model.layers.{layer}.{linear}" for layer in layers] for linear in DECODER]
+    return Ranks(*(sum(value_of(lora.rank_pattern, n, lora.rank) for n in of) / len(of) for of in names))
 
 
 def work_of(train: Train, infos: Sequence[SampleInfo], world: int) -> Work:
@@ -170,10 +183,11 @@ def _fastest(run: Run, config: O1Config, work: Work, world: int, budget: Budget)
     """The run with the weights, levels and optimizer of the fastest plan that fits: with its own optimizer, or
     else with another one."""
     least: float = float("inf")
+    ranks = mean_ranks(run.lora, config)
     for optimizer in (run.train.optimizer, *(o for o in OPTIMIZERS if o != run.train.optimizer)):
         gpu = GPUS["h100"]
         found = choices(
-            config, run.lora.rank, work, optimizer, world, budget.bytes, gpu, budget.host, run.train.ema > 0
+            config, ranks, work, optimizer, world, budget.bytes, gpu, budget.host, run.train.ema > 0
         )
         usable = [c for c in found if budget.fp8 or not c.weights.startswith("fp8")]
         best = usable[0]
@@ -205,7 +219,7 @@ def _described(run: Run) -> str:
 
 
 def _parts(run: Run, config: O1Config, work: Work, strategy: Strategy) -> str:
-    parts = vars(need(config, run.lora.rank, work, strategy))
+    parts = vars(need(config, mean_ranks(run.lora, config), work, strategy))
     return ", ".join(
         f"{name.replace('_', ' ')} {size / GIB:.1f}"
         for name, size in parts.items()

@@ -18,7 +18,7 @@ import torch
 from deepspeed import DeepSpeedEngine
 from peft import PeftModel
 
-from hdl.adapter.lora import attach, load_adapter, read_adapter
+from hdl.adapter.lora import attach, load_adapter, read_adapter, shape_of
 from hdl.config import Run
 from hdl.data.batches import Batches, Keeping
 from hdl.data.locality import what_thrashes
@@ -96,8 +96,7 @@ def prepare(run: Run, processes: Processes) -> Prepared:
     untriggered = _untriggered(run, checkpoint, mixture)
     validation = Validation(run, checkpoint, processes)
     metrics = Metrics(run, validation.encoder, mixture, processes)
-    adapter = f"rank {run.lora.rank}, targets {run.lora.targets}"
-    trained_on = {"base": fingerprint, "data": mixture.dataset_hash, "adapter shape": adapter}
+    trained_on = {"base": fingerprint, "data": mixture.dataset_hash, "adapter shape": shape_of(run.lora)}
     keeping = None
     if untriggered:
         together = divides_weights(run.train) or run.model.shard > 0

@@ -22,6 +22,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from math import ceil
+from typing import NamedTuple
 
 from hdl.kernels.attention import rows_for
 from hdl.kernels.folded import folded_width
@@ -146,6 +148,25 @@ class Need:
         return self.weights_on_host + gpus * self.activations_on_host
 
 
+class Ranks(NamedTuple):
+    """Of the adapter of each linear of a layer, on average over the layers where they differ."""
+
+    q: float
+    k: float
+    v: float
+    o: float
+    gate: float
+    up: float
+    down: float
+
+
+Rank = int | Ranks  # a number: of all seven
+
+
+def _each(rank: Rank) -> Ranks:
+    return Ranks(*[rank] * 7) if isinstance(rank, int) else rank
+
+
 @dataclass(frozen=True)
 class Pack:
     """Linears that share their input, [n, k] together, and the ranks beside them."""
@@ -160,15 +181,16 @@ class Pack:
 
 
 @cache
-def packs(config: O1Config, rank: int) -> dict[str, Pack]:
-    """Of a layer whose seven linears all have an adapter of this rank."""
+def packs(config: O1Config, rank: Rank) -> dict[str, Pack]:
+    """Of a layer whose seven linears have adapters of this rank, or these."""
+    r = _each(rank)
     d, m = config.hidden_size, config.intermediate_size
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     return {
-        "qkv": Pack(q + 2 * kv, d, padded_rank(3 * rank)),
-        "o": Pack(d, q, padded_rank(rank)),
-        "gate_up": Pack(2 * m, d, padded_rank(2 * rank)),
-        "down": Pack(d, m, padded_rank(rank)),
+        "qkv": Pack(q + 2 * kv, d, padded_rank(ceil(r.q + r.k + r.v))),
+        "o": Pack(d, q, padded_rank(ceil(r.o))),
+        "gate_up": Pack(2 * m, d, padded_rank(ceil(r.gate + r.up))),
+        "down": Pack(d, m, padded_rank(ceil(r.down))),
     }
 
 
@@ -195,7 +217,7 @@ def block_bytes(pack: Pack, weights: str) -> int:
 
 
 @cache
-def weights_bytes(config: O1Config, rank: int, weights: str, stream: int) -> int:
+def weights_bytes(config: O1Config, rank: Rank, weights: str, stream: int) -> int:
     """What the decoder's linears hold on the GPU, with two slots for the streamed layers."""
     sizes = packs(config, rank).values()
     layer = sum(pack_bytes(p, weights) for p in sizes)
@@ -204,7 +226,7 @@ def weights_bytes(config: O1Config, rank: int, weights: str, stream: int) -> int
     return (config.num_hidden_layers - stream) * layer + stream * streamed + min(stream, 2) * slot
 
 
-def scratch_bytes(config: O1Config, rank: int, weights: str, stream: int) -> int:
+def scratch_bytes(config: O1Config, rank: Rank, weights: str, stream: int) -> int:
     """What all packs share."""
     sizes = packs(config, rank).values()
     if weights == "nf4":
@@ -215,16 +237,16 @@ def scratch_bytes(config: O1Config, rank: int, weights: str, stream: int) -> int
 
 
 @cache
-def adapter_numbers(config: O1Config, rank: int) -> int:
+def adapter_numbers(config: O1Config, rank: Rank) -> int:
     """Trained numbers, 87.3 M in the real model at rank 32."""
     d, m = config.hidden_size, config.intermediate_size
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     sides = [(d, q), (d, kv), (d, kv), (q, d), (d, m), (d, m), (m, d)]
-    return config.num_hidden_layers * rank * sum(i + o for i, o in sides)
+    return ceil(config.num_hidden_layers * sum(r * (i + o) for r, (i, o) in zip(_each(rank), sides)))
 
 
 @cache
-def kept_bytes(config: O1Config, rank: int, work: Work, level: str) -> int:
+def kept_bytes(config: O1Config, rank: Rank, work: Work, level: str) -> int:
     """What one layer keeps from forward to backward; its input included."""
     s, d, m = work.tokens, config.hidden_size, config.intermediate_size
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
@@ -247,7 +269,7 @@ def kept_bytes(config: O1Config, rank: int, work: Work, level: str) -> int:
 
 
 @cache
-def remade_ms(config: O1Config, rank: int, work: Work, level: str, weights: str, gpu: Gpu) -> float:
+def remade_ms(config: O1Config, rank: Rank, work: Work, level: str, weights: str, gpu: Gpu) -> float:
     """What a layer's backward spends on making anew what the level does not keep."""
     s, d, m = work.tokens, config.hidden_size, config.intermediate_size
     p = packs(config, rank)
@@ -296,7 +318,7 @@ def sent_bytes(sizes: Sequence[int], offload: int) -> int:
     return sum(sizes[i] for i in carried(offload, len(sizes))[: moved(offload)])
 
 
-def passes_ms(config: O1Config, rank: int, work: Work, strategy: Strategy, gpu: Gpu) -> tuple[float, float]:
+def passes_ms(config: O1Config, rank: Rank, work: Work, strategy: Strategy, gpu: Gpu) -> tuple[float, float]:
     """What all layers compute forward and backward: products and attention, the passes between them, LoRA's, and what
     is made anew."""
     s, d, m = work.tokens, config.hidden_size, config.intermediate_size
@@ -335,7 +357,7 @@ def passes_ms(config: O1Config, rank: int, work: Work, strategy: Strategy, gpu: 
     return forward, backward
 
 
-def step_ms(config: O1Config, rank: int, work: Work, strategy: Strategy, gpu: Gpu) -> float:
+def step_ms(config: O1Config, rank: Rank, work: Work, strategy: Strategy, gpu: Gpu) -> float:
     """A whole step: both passes, or the copies from and to the host, where they take longer; and what is around."""
     d, p = config.hidden_size, packs(config, rank)
     forward, backward = passes_ms(config, rank, work, strategy, gpu)
@@ -352,7 +374,7 @@ def step_ms(config: O1Config, rank: int, work: Work, strategy: Strategy, gpu: Gp
     return both + head + optimizer + 8.0  # what starts and ends it, and the gaps between kernels
 
 
-def _sizes(config: O1Config, rank: int, work: Work, strategy: Strategy) -> list[int]:
+def _sizes(config: O1Config, rank: Rank, work: Work, strategy: Strategy) -> list[int]:
     """What each layer keeps."""
     of = {level: kept_bytes(config, rank, work, level) for level in set(strategy.keep)}
     return [of[level] for level in strategy.keep]
@@ -374,7 +396,7 @@ def _attention_ms(config: O1Config, work: Work, gpu: Gpu) -> float:
 
 
 @cache
-def working_bytes(config: O1Config, rank: int, work: Work, level: str, weights: str) -> int:
+def working_bytes(config: O1Config, rank: Rank, work: Work, level: str, weights: str) -> int:
     """What a layer's backward makes and lets go, at most."""
     s, d, m = work.tokens, config.hidden_size, config.intermediate_size
     rows = 1 if weights.startswith("fp8") else 0  # bytes a number of the e4m3 copies
@@ -384,7 +406,7 @@ def working_bytes(config: O1Config, rank: int, work: Work, level: str, weights: 
     return gradients + everything - kept_bytes(config, rank, work, level)  # made anew, all at once at worst
 
 
-def need(config: O1Config, rank: int, work: Work, strategy: Strategy) -> Need:
+def need(config: O1Config, rank: Rank, work: Work, strategy: Strategy) -> Need:
     s, d, layers = work.tokens, config.hidden_size, config.num_hidden_layers
     linears = weights_bytes(config, rank, strategy.weights, strategy.moving)
     ends = PATCH_DIM * d // 4 + d // 4 * d + 256 * d + d * d + d * PATCH_DIM + layers * 2 * d
@@ -417,7 +439,7 @@ def need(config: O1Config, rank: int, work: Work, strategy: Strategy) -> Need:
 
 def plan(
     config: O1Config,
-    rank: int,
+    rank: Rank,
     work: Work,
     weights: str,
     optimizer: str,
@@ -453,7 +475,7 @@ def plan(
 
 
 def _mixes(
-    config: O1Config, rank: int, work: Work, base: Strategy, memory: float
+    config: O1Config, rank: Rank, work: Work, base: Strategy, memory: float
 ) -> Iterator[tuple[str, ...]]:
     """Levels for all layers, some of which may need more memory: one of the offloaded layers, and of the others the
     first at a rich level and the last at a lean one. The other way round what lean layers make anew would come when
@@ -509,7 +531,7 @@ class Choice:
 
 def choices(
     config: O1Config,
-    rank: int,
+    rank: Rank,
     work: Work,
     optimizer: str,
     world: int,

@@ -7,13 +7,18 @@ import torch
 from peft import PeftModel
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
+from hdl.adapter.formats import read_adapter_file, write_adapter_file
 from hdl.adapter.lora import (
     adapter_parameters,
     attach,
     load_adapter,
     open_adapter,
     save_adapter,
+    shape_of,
+    sizes_of,
 )
+from hdl.adapter.metadata import ALPHA, RANK
+from hdl.adapter.stack import attach_adapters, set_adapters
 from hdl.config import Lora
 from hdl.errors import HdlError
 from hdl.o1.checkpoint import load_model, open_checkpoint
@@ -99,3 +104,60 @@ def test_targets_that_fit_nothing_are_named(tiny_base: Path) -> None:
 def test_a_folder_without_an_adapter_is_named(tiny_base: Path, tmp_path: Path) -> None:
     with pytest.raises(HdlError, match=r"no readable adapter_config.json"):
         open_adapter(base(tiny_base), tmp_path)
+
+
+PATTERNS = {
+    "rank_pattern": {r"layers\.[01]\..*q_proj": 8, "mlp.up_proj": 2},
+    "alpha_pattern": {"mlp.up_proj": 3.0},
+}
+
+
+def test_ranks_and_alphas_by_layer_are_pefts(tiny_base: Path, tmp_path: Path) -> None:
+    adapted = attach(base(tiny_base), Lora(rank=4, alpha=8, **PATTERNS), str(tiny_base), seed=0)
+    layers = adapted.base_model.model.model.language_model.layers
+    assert [len(layer.self_attn.q_proj.lora_A["default"].weight) for layer in layers] == [8, 8, 4, 4]
+    assert [layer.mlp.up_proj.scaling["default"] for layer in layers] == [3 / 2] * 4
+    assert layers[0].self_attn.q_proj.scaling["default"] == 1.0
+    assert sizes_of(adapted) == {RANK: "Dynamic", ALPHA: "Dynamic", "format": "pt"}
+    with torch.no_grad():
+        for parameter in adapter_parameters(adapted).values():
+            parameter.copy_(torch.randn(parameter.shape) * 0.1)
+        save_adapter(adapted, adapter_parameters(adapted), tmp_path / "peft")
+        expected = adapted(*INPUTS)
+        assert torch.equal(open_adapter(base(tiny_base), tmp_path / "peft")(*INPUTS), expected)
+        for format in ("peft", "comfyui", "kohya"):  # and as tools/convert.py and tools/sample.py have it
+            out = tmp_path / ("again" if format == "peft" else f"{format}.safetensors")
+            write_adapter_file(read_adapter_file(tmp_path / "peft"), out, format)
+            drawn = attach_adapters(base(tiny_base), {"a": read_adapter_file(out)})
+            set_adapters(drawn, {"a": 1.0})
+            assert torch.equal(drawn(*INPUTS), expected)
+
+
+def test_an_adapter_of_other_patterns_is_refused(trained: PeftModel, tiny_base: Path, tmp_path: Path) -> None:
+    save_adapter(trained, adapter_parameters(trained), tmp_path)
+    other = Lora(rank=4, rank_pattern={"q_proj": 8})
+    with pytest.raises(HdlError, match=r"another shape: .*q_proj.lora_A.weight is \[4, .*rank_pattern"):
+        load_adapter(attach(base(tiny_base), other, "", seed=0), tmp_path)
+    assert shape_of(other) != shape_of(Lora(rank=4))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        (
+            {"rank_pattern": {"qproj": 8}},
+            r"lora\.rank_pattern 'qproj': it matches no adapted linear; names end as",
+        ),
+        (
+            {"alpha_pattern": {"x_embedder.proj1": 8}},
+            r"lora\.alpha_pattern 'x_embedder\.proj1': it matches no",
+        ),
+        (
+            {"rank_pattern": {r".*": 8, "q_proj": 2}},
+            r"'q_proj': every adapted .* by a key before it \(\.\*\)",
+        ),
+    ],
+)
+def test_a_pattern_that_decides_nothing_is_named(pattern: dict, message: str, tiny_base: Path) -> None:
+    with pytest.raises(HdlError, match=message):
+        attach(base(tiny_base), Lora(**pattern), "", seed=0)

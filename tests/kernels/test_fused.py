@@ -31,6 +31,11 @@ REAL = replace(
     SMALL, hidden_size=4096, intermediate_size=12288, num_hidden_layers=2, num_attention_heads=32,
     num_key_value_heads=8, head_dim=128, mrope_section=(24, 20, 20),
 )  # fmt: skip
+UNEVEN = Lora(
+    rank=4, alpha=6.0,
+    rank_pattern={r"layers\.0\.self_attn\.[qk]_proj": 11, "up_proj": 3, r"layers\.2\..*": 1},
+    alpha_pattern={"self_attn.v_proj": 2.0, r"layers\.1\.mlp\..*": 5.0, r"layers\.2\..*": 1.5},
+)  # fmt: skip
 MIXED = [Segment(5, 2, 3), Segment(9, 3, 1), Segment(2, 1, 1), Segment(5, 3, 2)]
 EQUAL = [Segment(6, 2, 2), Segment(6, 2, 2)]
 
@@ -109,9 +114,10 @@ def worst(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 
 @pytest.mark.interpreted
-def test_the_kernels_themselves_equal_the_plain_path() -> None:
+@pytest.mark.parametrize("lora", [None, UNEVEN], ids=["alike", "ranks by layer"])
+def test_the_kernels_themselves_equal_the_plain_path(lora: Lora | None) -> None:
     case = Case(SMALL, [Segment(3, 2, 1), Segment(4, 1, 2)])
-    model, kept_less = adapted_model(SMALL), adapted_model(SMALL)
+    model, kept_less = adapted_model(SMALL, lora=lora), adapted_model(SMALL, lora=lora)
     x_pred, gradients = case.run(model)
     for fused, keep in ((model, "everything"), (kept_less, "products")):
         fuse(fused, keep=keep)
@@ -169,8 +175,10 @@ def test_with_reference_images(keep: str) -> None:
         Lora(rank=4, alpha=1.0, targets=["q_proj", "down_proj"]),
         Lora(rank=3, alpha=2.0, rslora=True),
         Lora(rank=5, targets=["v_proj", "up_proj", "x_embedder.proj1"]),
+        UNEVEN,
+        UNEVEN.model_copy(update={"rslora": True}),
     ],
-    ids=["some linears", "rslora", "outside the decoder too"],
+    ids=["some linears", "rslora", "outside the decoder too", "ranks by layer", "ranks by layer, rslora"],
 )
 def test_any_adapter_the_config_allows(lora: Lora) -> None:
     case = Case(SMALL, MIXED)
@@ -260,9 +268,10 @@ class QuantizedProduct(torch.autograd.Function):
         return scaled.dequantize() @ ctx.weight.values.float(), None
 
 
-def test_fp8_is_the_plain_path_with_rounded_operands() -> None:
+@pytest.mark.parametrize("lora", [None, UNEVEN], ids=["alike", "ranks by layer"])
+def test_fp8_is_the_plain_path_with_rounded_operands(lora: Lora | None) -> None:
     case = Case(SMALL, MIXED)
-    model, exact, quantized = (adapted_model(SMALL) for _ in range(3))
+    model, exact, quantized = (adapted_model(SMALL, lora=lora) for _ in range(3))
     exact_x_pred, _ = case.run(exact)
     for module in quantized.modules():
         if isinstance(module, LoraLinear):

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hdl.config import Model, Train
+from hdl.config import Lora, Model, Train
+from hdl.engine.budget import mean_ranks
 from hdl.kernels import layer as layers
 from hdl.kernels.fuse import FORMS as PACKED
 from hdl.kernels.fuse import flatten, fuse
@@ -26,7 +27,7 @@ from hdl.memory.offload import Offload, Things
 from hdl.memory.plan import FORMS, GIB, GPUS, Strategy, Work, mix, need, step_ms
 from hdl.o1.config import read_config
 from hdl.o1.layout import Segment
-from tests.kernels.test_fused import SMALL, Case, adapted_model
+from tests.kernels.test_fused import SMALL, UNEVEN, Case, adapted_model
 from tests.memory.test_offload import MIXED_LEVELS
 
 REPOSITORY = Path(__file__).parents[2]
@@ -146,6 +147,20 @@ def test_the_adapters_size(monkeypatch: pytest.MonkeyPatch) -> None:
     flatten(model)
     assert plan.adapter_numbers(SMALL, RANK) == model.flat_adapter.numel()  # type: ignore[operator,union-attr]
     assert plan.adapter_numbers(REAL, 32) == 87_293_952
+
+
+def test_ranks_that_differ_by_layer_are_counted() -> None:
+    """The adapter to the number; what a layer keeps on average, ranks being padded to multiples of 8."""
+    ranks = mean_ranks(UNEVEN, SMALL)
+    model = adapted_model(SMALL, lora=UNEVEN)
+    flatten(model)
+    assert plan.adapter_numbers(SMALL, ranks) == model.flat_adapter.numel()  # type: ignore[operator,union-attr]
+    assert mean_ranks(Lora(rank=RANK), SMALL) == plan.Ranks(*[RANK] * 7)
+    layers_of = model.get_base_model().model.language_model.layers  # type: ignore[union-attr,operator]
+    held = [[PACKED["full"](m, scratch=Scratch()) for m in packs(layer)] for layer in layers_of]
+    for i, pack in enumerate(plan.packs(SMALL, ranks).values()):
+        mean = sum(of[i].r for of in held) / len(held)
+        assert pack.r - 8 < mean < pack.r + 8
 
 
 @pytest.mark.parametrize("gib", [1.2, 1.5, 1.8, 2.2, 2.6, 3.0])
