@@ -174,6 +174,9 @@ class Lora(Section):
     """The adapter's output is scaled by alpha/rank (alpha/sqrt(rank) with rslora)."""
     rslora: bool = False
     dropout: float = Field(0.0, ge=0, lt=1)
+    dora: bool = False
+    """DoRA (Liu et al. 2024): each row of W + BA is scaled to a norm that is trained, too. On the plain path alone:
+    slower, and with full weights. Files in PEFT's format."""
     targets: str | list[str] = DECODER_LINEARS
     """PEFT target modules: a regular expression over module names, or a list of name endings."""
     rank_pattern: dict[str, Annotated[int, Field(ge=1, le=1024)]] = {}

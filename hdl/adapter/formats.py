@@ -32,7 +32,6 @@ RSLORA = "hdl.rslora"  # metadata of formats that know none: PEFT's lora_alpha a
 MOST_NAMED = 8
 # Fields of a PEFT config that change what is computed, and the value that does not.
 UNCHANGED = {
-    "use_dora": False,
     "bias": "none",
     "lora_bias": False,
     "fan_in_fan_out": False,
@@ -45,11 +44,12 @@ UNCHANGED = {
 
 @dataclass(frozen=True)
 class Pair:
-    """One module's: a [rank, in], b [out, rank]."""
+    """One module's: a [rank, in], b [out, rank]; magnitude [out] with DoRA, the norms of the rows of W + scale B A."""
 
     a: Tensor
     b: Tensor
     alpha: float
+    magnitude: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -65,6 +65,10 @@ class Adapter:
     metadata: dict[str, str] = field(default_factory=dict)
     format: Format = "peft"  # of the file it was read from
 
+    @property
+    def dora(self) -> bool:
+        return any(pair.magnitude is not None for pair in self.pairs.values())
+
     def scale(self, module: str) -> float:
         """What B A x is multiplied by."""
         pair = self.pairs[module]
@@ -75,7 +79,8 @@ def read_adapter_file(path: Path) -> Adapter:
     """Read a PEFT folder or a .safetensors file; the format is seen from the names of its tensors.
 
     HdlError naming what is wrong: no safetensors by content, unknown tensors, two formats at once, half a pair,
-    shapes that do not belong together, a number that is not finite, a PEFT config that asks for more than LoRA.
+    shapes that do not belong together, a number that is not finite, a PEFT config that asks for more than LoRA
+    and DoRA, DoRA of some modules only.
     """
     file = _weights_file(path)
     with opened(file) as tensors:
@@ -98,7 +103,18 @@ def read_adapter_file(path: Path) -> Adapter:
                 f"{file}: the matrices of {module} do not belong together: A is {list(a.shape)}, expected [rank, in], "
                 f"B is {list(b.shape)}, expected [out, rank]"
             )
+    norms = {m: found[m, "magnitude"] for m in places.modules if (m, "magnitude") in found}
+    for module, norm in norms.items():
+        if norm.shape != (rows := matrices[module][1].shape[:1]):
+            raise HdlError(
+                f"{file}: DoRA's magnitude of {module} is {list(norm.shape)}, expected {list(rows)}"
+            )
+    if norms and places.format != "peft":
+        raise HdlError(
+            f"{file} has DoRA's magnitudes in {places.format} format; they are read from PEFT's alone"
+        )
     if places.format == "peft":
+        _check_dora(file, places.modules, norms)
         alphas, rslora = _peft_alphas(file, {module: len(a) for module, (a, _) in matrices.items()})
     else:
         stored = {
@@ -110,7 +126,7 @@ def read_adapter_file(path: Path) -> Adapter:
     if useless:
         raise HdlError(f"{file}: alpha of {_some(useless)} is not a finite number above 0")
     metadata = {name: value for name, value in metadata.items() if name != RSLORA}
-    pairs = {module: Pair(a, b, alphas[module]) for module, (a, b) in matrices.items()}
+    pairs = {module: Pair(a, b, alphas[module], norms.get(module)) for module, (a, b) in matrices.items()}
     return Adapter(pairs, rslora, metadata, places.format)
 
 
@@ -144,14 +160,22 @@ def check_fits(adapter: Adapter, checkpoint: Checkpoint, name: str) -> str | Non
 def write_adapter_file(adapter: Adapter, out: Path, format: Format, dtype: torch.dtype | None = None) -> None:
     """Write a PEFT folder, or a file in another format, at once or not at all; dtype None keeps every tensor's own.
 
-    HdlError when `out` is there already, its name does not suit the format, or a number does not fit the dtype.
+    HdlError when `out` is there already, its name does not suit the format, a number does not fit the dtype, or the
+    format has nothing for DoRA.
     """
+    if adapter.dora and format != "peft":
+        raise HdlError(
+            f"{out}: this adapter is a DoRA, which is written in PEFT's format alone: others spell it in ways that their "
+            "programs compute differently; use format peft"
+        )
     if (out.suffix == ".safetensors") == (format == "peft"):
         expected = "a folder" if format == "peft" else "a .safetensors file"
         raise HdlError(f"{out}: an adapter in {format} format is {expected}; name it so")
     tensors: dict[str, Tensor] = {}
     for module, pair in adapter.pairs.items():
         parts: dict[Part, Tensor] = {"A": pair.a, "B": pair.b}
+        if pair.magnitude is not None:
+            parts["magnitude"] = pair.magnitude
         for part, weight in parts.items():
             key = key_of(module, part, format)
             tensors[key] = weight if dtype is None else weight.to(dtype)
@@ -186,6 +210,7 @@ def peft_config(adapter: Adapter) -> LoraConfig:
         rank_pattern={m: pair.rank for m, pair in adapter.pairs.items() if pair.rank != rank},
         alpha_pattern=alphas,
         use_rslora=adapter.rslora,
+        use_dora=adapter.dora,
         target_modules=sorted(adapter.pairs),
         inference_mode=True,
     )
@@ -226,7 +251,7 @@ def _sort_keys(file: Path, names: list[str]) -> _Keys:
         raise HdlError(
             f"{file}: not the tensors of a LoRA of an O1: {_some(unknown) or 'there are none'}. Expected names as in "
             f"{', '.join(key_of('model.language_model.layers.0.mlp.up_proj', 'A', f) for f in WRITTEN)}; LoHa, LoKr, "
-            "DoRA and adapters of convolutions or of other models are not read"
+            "DoRA other than PEFT's and adapters of convolutions or of other models are not read"
         )
     by_format: dict[Format, str] = {}
     keys: dict[tuple[str, Part], str] = {}
@@ -262,6 +287,20 @@ def _weights_file(path: Path) -> Path:
     )
 
 
+def _check_dora(file: Path, modules: list[str], norms: Mapping[str, Tensor]) -> None:
+    """HdlError unless all modules have a magnitude and the config says so, or none has and it does not."""
+    try:
+        said = bool(json.loads(file.with_name(CONFIG_FILE).read_text(encoding="utf-8")).get("use_dora"))
+    except (OSError, ValueError, AttributeError):
+        return  # what is wrong with it is said where its alpha is read
+    expected = len(modules) if said else 0
+    if len(norms) != expected:
+        raise HdlError(
+            f"{file} has DoRA's lora_magnitude_vector of {len(norms)} modules, expected {expected} of {len(modules)}: "
+            f"{CONFIG_FILE} says use_dora {said}; the two are not of one adapter"
+        )
+
+
 def _peft_alphas(file: Path, ranks: dict[str, int]) -> tuple[dict[str, float], bool]:
     config_file = file.with_name(CONFIG_FILE)
     try:
@@ -281,7 +320,7 @@ def _peft_alphas(file: Path, ranks: dict[str, int]) -> tuple[dict[str, float], b
         if config.get(name, value) not in (value, [])
     ]
     if kind != "LORA" or odd:
-        raise HdlError(f"{config_file}: only plain LoRA is read, found {', '.join([str(kind), *odd])}")
+        raise HdlError(f"{config_file}: only LoRA and DoRA are read, found {', '.join([str(kind), *odd])}")
     for module, rank in ranks.items():
         expected = rank_pattern.get(get_pattern_key(list(rank_pattern), module), r)
         if rank != expected:

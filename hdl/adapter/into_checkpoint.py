@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hdl.adapter.merge import Part, modules_of, stacked
+from hdl.adapter.merge import Part, modules_of, refuse_dora, stacked
 from hdl.adapter.names import DECODER
 from hdl.adapter.tensor_files import Kind, Place, copy, opened, places, put, whole, write
 from hdl.errors import HdlError
@@ -89,8 +89,9 @@ def merge_into_checkpoint(
     """Write `checkpoint` with the adapters added to `out`: a single file if it ends in .safetensors, else a folder.
 
     The adapters must fit (hdl.adapter.formats.check_fits). HdlError when `out` is there, when the form asked for
-    cannot be made of this checkpoint, and when what was written is not what it should be; nothing is left then.
+    cannot be made of this checkpoint, when an adapter is a DoRA, and when what was written is not what it should be; nothing is left then.
     """
+    refuse_dora(parts)
     single = out.suffix == ".safetensors"
     if weights == "fp8" and not single:
         raise HdlError(

@@ -36,6 +36,7 @@ def attach(model: O1, lora: Lora, base: str, seed: int) -> PeftModel:
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT computes with any number
         use_rslora=lora.rslora,
         lora_dropout=lora.dropout,
+        use_dora=lora.dora,
         target_modules=lora.targets,
         rank_pattern=dict(lora.rank_pattern),
         alpha_pattern=dict(lora.alpha_pattern),
@@ -56,11 +57,11 @@ def attach(model: O1, lora: Lora, base: str, seed: int) -> PeftModel:
 def shape_of(lora: Lora) -> str:
     """What two adapters must have in common to be the same tensors."""
     patterns = f", rank_pattern {lora.rank_pattern}" if lora.rank_pattern else ""
-    return f"rank {lora.rank}, targets {lora.targets}{patterns}"
+    return f"{'DoRA ' if lora.dora else ''}rank {lora.rank}, targets {lora.targets}{patterns}"
 
 
 def adapter_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
-    """PEFT's parameters by module name."""
+    """PEFT's parameters by module name: lora_A and lora_B, and with DoRA lora_magnitude_vector."""
     return {name: p for name, p in model.named_parameters() if ".lora_" in name}
 
 
@@ -120,8 +121,8 @@ def read_adapter(model: PeftModel, folder: Path, name: str = WEIGHTS_FILE) -> di
     if wrong:
         raise HdlError(
             f"{folder / name} is an adapter of another shape: {wrong[0]} is {_shape(found, wrong[0])}, "
-            f"expected {expected.get(wrong[0])} ({len(wrong)} tensors differ); use the rank, rank_pattern and "
-            "targets it was made with"
+            f"expected {expected.get(wrong[0])} ({len(wrong)} tensors differ); use the rank, rank_pattern, "
+            "targets and dora it was made with"
         )
     return {name_of[stored]: weight for stored, weight in found.items()}
 

@@ -93,11 +93,21 @@ def svd(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q_b @ u, s, vh @ q_a.T
 
 
+def refuse_dora(parts: Sequence[Part]) -> None:
+    """HdlError for a DoRA: what it changes is W itself, not by a product of low rank that could be added up."""
+    for part in parts:
+        if part.adapter.dora:
+            raise HdlError(
+                f"{part.name} is a DoRA, whose change is no B A to add up; merge adapters without DoRA"
+            )
+
+
 def _check(parts: Sequence[Part]) -> None:
     if not parts:
         raise HdlError("no adapters to merge")
     for part in parts:
         check_weight(part.name, part.weight)
+    refuse_dora(parts)
     bases = {part.adapter.metadata[BASE]: part.name for part in parts if BASE in part.adapter.metadata}
     if len(bases) > 1:
         raise HdlError(

@@ -2,7 +2,8 @@
 
 A module is named as in the published checkpoint, `model.language_model.layers.0.mlp.up_proj`. In the files:
 
-    peft       base_model.model.<module>.lora_A.weight, .lora_B.weight; alpha in adapter_config.json
+    peft       base_model.model.<module>.lora_A.weight, .lora_B.weight; alpha in adapter_config.json; with DoRA
+               .lora_magnitude_vector
     comfyui    diffusion_model.<module without model.>.lora_A.weight, .lora_B.weight, .alpha
     kohya      lora_unet_<module, dots as underscores>.lora_down.weight, .lora_up.weight, .alpha
     diffsynth  <module>.lora_A.default.weight, .lora_B.default.weight (read only)
@@ -31,7 +32,7 @@ from typing import Literal
 from hdl.o1.checkpoint import Checkpoint
 
 Format = Literal["peft", "comfyui", "kohya", "diffsynth"]
-Part = Literal["A", "B", "alpha"]
+Part = Literal["A", "B", "alpha", "magnitude"]
 
 PREFIX: dict[Format, str] = {
     "peft": "base_model.model.",
@@ -40,12 +41,19 @@ PREFIX: dict[Format, str] = {
     "diffsynth": "",
 }
 ENDINGS: dict[Format, dict[Part, str]] = {
-    "peft": {"A": ".lora_A.weight", "B": ".lora_B.weight"},
+    "peft": {"A": ".lora_A.weight", "B": ".lora_B.weight", "magnitude": ".lora_magnitude_vector"},
     "comfyui": {"A": ".lora_A.weight", "B": ".lora_B.weight", "alpha": ".alpha"},
     "kohya": {"A": ".lora_down.weight", "B": ".lora_up.weight", "alpha": ".alpha"},
 }  # as written
-READ = re.compile(r"(.+?)\.(?:lora_(A|B|down|up)(?:\.default)?\.weight|(alpha))")
-SAME: dict[str, Part] = {"A": "A", "down": "A", "B": "B", "up": "B", "alpha": "alpha"}
+READ = re.compile(r"(.+?)\.(?:lora_(A|B|down|up)(?:\.default)?\.weight|(alpha)|lora_(magnitude)_vector)")
+SAME: dict[str, Part] = {
+    "A": "A",
+    "down": "A",
+    "B": "B",
+    "up": "B",
+    "alpha": "alpha",
+    "magnitude": "magnitude",
+}
 
 DECODER = (
     *(f"self_attn.{name}_proj" for name in "qkvo"),
@@ -76,14 +84,15 @@ def parse_key(key: str) -> tuple[Format, str, Part] | None:
     match = READ.fullmatch(key)
     if not match:
         return None
-    path, matrix, alpha = match.groups()
+    path, *parts = match.groups()
+    part = SAME[next(found for found in parts if found)]
     format: Format = next(f for f, prefix in PREFIX.items() if path.startswith(prefix))
     path = path.removeprefix(PREFIX[format])
     if format == "kohya":
         module = _by_underscored().get(path.removeprefix("model_"), "")
     else:
         module = path if path.startswith("model.") else f"model.{path}"
-    return (format, module, SAME[matrix or alpha]) if module in _modules() else None
+    return (format, module, part) if module in _modules() else None
 
 
 def linears(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:

@@ -102,6 +102,8 @@ def attach_adapters(model: O1, adapters: Mapping[str, Adapter]) -> PeftModel:
                 assert isinstance(layer, LoraLayer)
                 layer.lora_A.get_parameter(f"{name}.weight").copy_(pair.a)
                 layer.lora_B.get_parameter(f"{name}.weight").copy_(pair.b)
+                if pair.magnitude is not None:
+                    layer.lora_magnitude_vector.get_parameter(f"{name}.weight").copy_(pair.magnitude)
     if adapted is None:
         raise HdlError("no adapters to attach")
     set_adapters(adapted, {})
@@ -111,13 +113,18 @@ def attach_adapters(model: O1, adapters: Mapping[str, Adapter]) -> PeftModel:
 def set_adapters(model: PeftModel, weights: Mapping[str, float]) -> None:
     """Switch on the adapters named, with these weights, and no others; none: the model as it was without any.
 
-    HdlError for a name that is not attached and for weights that are zero or not finite.
+    HdlError for a name that is not attached, for weights that are zero or not finite, and for a DoRA beside others: it
+    sets the norms of a weight's rows, and what two make of them would depend on their order.
     """
     unknown = [name for name in weights if name not in model.peft_config]
     if unknown:
         raise HdlError(f"no adapter {', '.join(unknown)} here; attached are {', '.join(model.peft_config)}")
     for name, weight in weights.items():
         check_weight(name, weight)
+        if len(weights) > 1 and getattr(model.peft_config[name], "use_dora", False):
+            raise HdlError(
+                f"adapter {name} is a DoRA, which is on alone or not at all; found {', '.join(weights)}"
+            )
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     for layer in layers:
         layer.set_adapter(list(weights) or list(model.peft_config), inference_mode=True)

@@ -112,8 +112,6 @@ class FastPath:
         self.processes = processes
         self.weights: str = run.model.weights
         reason = _plain_because(run, processes.device) or cannot_fuse(adapted)
-        if reason and self.settings.kernels == "fused":
-            raise HdlError(f"model.kernels fused: {reason}; use model.kernels auto")
         if reason:
             _refuse_plain(run, reason)
         self.fused = reason is None
@@ -173,6 +171,8 @@ class FastPath:
 
 def _refuse_plain(run: Run, reason: str) -> None:
     """HdlError for an option that only the fused path has; reason: why this run takes the plain one."""
+    if run.model.kernels == "fused":
+        raise HdlError(f"model.kernels fused: {reason}; use model.kernels auto")
     for option, found, without in (
         ("weights", run.model.weights, "full"),
         ("stream", run.model.stream, 0),
@@ -188,6 +188,8 @@ def _refuse_plain(run: Run, reason: str) -> None:
 def _plain_because(run: Run, device: torch.device) -> str | None:
     if run.model.kernels == "plain":
         return "model.kernels is plain"
+    if run.lora.dora:
+        return "lora.dora needs each weight and its adapter as one matrix, whose rows' norms it sets"
     if run.model.kernels == "auto" and device.type == "cpu" and run.model.weights == "full":
         return "a CPU gains nothing from fused ones"
     if divides_weights(run.train):

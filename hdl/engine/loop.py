@@ -44,7 +44,7 @@ from hdl.engine.skipping import Skipping, described, drop_gradient, holds_back, 
 from hdl.engine.step import Measured, TrainStep
 from hdl.engine.validation import WITH, WITHOUT, Validation, save_picture
 from hdl.engine.watch import Watch
-from hdl.engine.zero3 import load_partitioned
+from hdl.engine.zero3 import gathered_for_peft, load_partitioned, share_with_dora
 from hdl.errors import HdlError
 from hdl.flow.noise import VARIANTS
 from hdl.flow.sigma import draw_sigmas, shift_by_size
@@ -169,10 +169,13 @@ def _train(run: Run, processes: Processes, signals: Signals, watch: Watch) -> in
     if divides_weights(run.train):
         settings = settings_of(run.train, dtype, processes.world)
         model = load_partitioned(prepared.checkpoint, processes.device, dtype, settings)
+        with gathered_for_peft(settings):
+            adapted = attach(model, run.lora, str(run.model.base), run.train.seed)
+        share_with_dora(adapted)
     else:
         model = load_model(prepared.checkpoint, processes.device, dtype, absent=prepared.fuses)
+        adapted = attach(model, run.lora, str(run.model.base), run.train.seed)
     tower = VisualTower(prepared.checkpoint, processes.device, dtype) if prepared.mixture.pairs else None
-    adapted = attach(model, run.lora, str(run.model.base), run.train.seed)
     state = read_state(found.newest) if found.newest else {"step": 0, "skipped": 0}
     steps = Steps(_cut(run, prepared.mixture, shares(run.train, processes.world)[0], state), processes.world)
     if found.newest:
@@ -596,8 +599,8 @@ def _announce(
     start = f"resuming after step {done}" if done else "starting"
     print(
         f"{start}: {len(prepared.mixture.columns):,} images, {steps.cut.describe()} on {processes.world} "
-        f"process(es) on {processes.device.type}, {str(dtype).removeprefix('torch.')}, LoRA rank {run.lora.rank}, "
-        f"{run.train.deepspeed.stem}; curves: tensorboard --logdir {prepared.folder.tensorboard}"
+        f"process(es) on {processes.device.type}, {str(dtype).removeprefix('torch.')}, "
+        f"{'DoRA' if run.lora.dora else 'LoRA'} rank {run.lora.rank}, {run.train.deepspeed.stem}; curves: tensorboard --logdir {prepared.folder.tensorboard}"
     )
     print(prepared.mixture.describe())
     if prepared.keeping:

@@ -5,11 +5,17 @@ The frozen weights are read one at a time, all ranks the same one, and DeepSpeed
 next is read. The adapter comes later and is divided with the rest when the engine is made.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
 import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from hdl.o1.checkpoint import Checkpoint
 from hdl.o1.decoder import O1
@@ -36,3 +42,23 @@ def load_partitioned(
         else:
             partition(param_list=[weight])
     return model.requires_grad_(False).eval()
+
+
+@contextmanager
+def gathered_for_peft(settings: dict[str, Any]) -> Iterator[None]:
+    """While an adapter is attached: PEFT brings a divided weight together to look at it, as DoRA does for its norm, if
+    transformers says that there is ZeRO-3, which it says as long as such an object lives."""
+    says_so = HfDeepSpeedConfig(settings)
+    try:
+        yield
+    finally:
+        del says_so
+        unset_hf_deepspeed_config()
+
+
+def share_with_dora(adapted: PeftModel) -> None:
+    """Have each frozen weight there whenever DoRA's layer computes, a module beside the one that owns the weight."""
+    for module in adapted.modules():
+        if isinstance(module, LoraLayer):
+            for dora in module.lora_magnitude_vector.values():
+                deepspeed.zero.register_external_parameter(dora, module.get_base_layer().weight)

@@ -233,6 +233,8 @@ def cannot_fuse(adapted: PeftModel) -> str | None:
                 adapters += 1
                 if any(isinstance(d, nn.Dropout) and d.p > 0 for d in module.lora_dropout.values()):
                     return "lora.dropout is not 0"
+                if any(module.use_dora.values()):
+                    return "lora.dora is on, whose norms need whole weights"
                 if list(module.lora_A) != ["default"]:
                     return f"{name} has the adapters {list(module.lora_A)}, expected one named default"
     return None if adapters else "no linear of the decoder has an adapter"

@@ -71,8 +71,11 @@ class Studio:
         self.device = torch.device(device)
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.checkpoint = open_checkpoint(base, config_from)
-        self.path = choose_path(options or PathOptions(), self.checkpoint.config, self.device, self.dtype)
         read = {name: read_adapter_file(path) for name, path in (adapters or {}).items()}
+        dora = any(adapter.dora for adapter in read.values())
+        self.path = choose_path(
+            options or PathOptions(), self.checkpoint.config, self.device, self.dtype, dora
+        )
         # What the files do not say of themselves: for the user to know.
         checked = [check_fits(adapter, self.checkpoint, name) for name, adapter in read.items()]
         self.notices = [*self.path.notices, *(notice for notice in checked if notice)]

@@ -36,9 +36,9 @@ class DecoderPath:
 
 
 def choose_path(
-    options: PathOptions, config: O1Config, device: torch.device, dtype: torch.dtype
+    options: PathOptions, config: O1Config, device: torch.device, dtype: torch.dtype, dora: bool = False
 ) -> DecoderPath:
-    """HdlError for options that contradict one another, or that this device or host cannot follow."""
+    """dora: whether an adapter is one, which takes the plain path. HdlError for options that contradict one another, or that this device or host cannot follow."""
     weights, stream = options.weights, options.stream
     if not 0 <= stream <= config.num_hidden_layers:
         raise HdlError(
@@ -46,14 +46,18 @@ def choose_path(
         )
     if weights == "nf4" and device.type != "cuda":
         raise HdlError("weights nf4 needs a CUDA GPU, and this is the CPU; use weights full or fp8")
-    reason = _plain_because(options, device)
+    reason = _plain_because(options, device, dora)
     if reason:
+        if options.kernels == "fused":
+            raise HdlError(f"kernels fused: {reason}; use kernels auto")
         for option, found, without in (("weights", weights, "full"), ("stream", stream, 0)):
             if found != without:
                 raise HdlError(
-                    f"{option} {found} needs the fused path, but {reason}; use {option} {without}, or kernels fused"
+                    f"{option} {found} needs the fused path, but {reason}; use {option} {without}"
+                    + ("" if dora else ", or kernels fused")
                 )
-        return DecoderPath(False, "full")
+        told = (f"plain kernels: {reason}",) if dora and options.kernels == "auto" else ()
+        return DecoderPath(False, "full", told)
     notices: tuple[str, ...] = ()
     form: str = weights
     if weights == "fp8" and not supports_fp8(device):
@@ -65,9 +69,11 @@ def choose_path(
     return DecoderPath(True, form, notices)
 
 
-def _plain_because(options: PathOptions, device: torch.device) -> str | None:
+def _plain_because(options: PathOptions, device: torch.device, dora: bool) -> str | None:
     if options.kernels == "plain":
         return "kernels is plain"
+    if dora:
+        return "an adapter is a DoRA, which needs each weight and its adapter as one matrix"
     if options.kernels == "auto" and device.type == "cpu" and options.weights == "full":
         return "a CPU gains nothing from it"
     return None

@@ -235,8 +235,8 @@ def test_what_is_no_adapter_is_named(tmp_path: Path, base: Checkpoint) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "says"),
     [
-        ("peft_type", "LOHA", "only plain LoRA is read, found LOHA"),
-        ("use_dora", True, "only plain LoRA is read, found LORA, use_dora True"),
+        ("peft_type", "LOHA", "only LoRA and DoRA are read, found LOHA"),
+        ("use_dora", True, r"lora_magnitude_vector of 0 modules, expected 28 of 28: .* use_dora True"),
         ("r", 3, r"has rank 4, adapter_config.json says 3"),
         ("lora_alpha", "much", "not the config of a PEFT LoRA"),
     ],
