@@ -210,6 +210,11 @@ class Flow(Section):
     """Error in the clean image, in the velocity (x0 error / sigma^2), or x0 error times min(SNR, gamma) / gamma."""
     min_snr_gamma: float = Field(5.0, gt=0)
     """The gamma of weighting min_snr: levels whose signal-to-noise ratio is above it count alike."""
+    perceptual: Path | None = None
+    """Folder of a frozen image encoder, a ViT such as DINOv2's: the predicted picture's features are held to the clean
+    one's, too (hdl/flow/perceptual.py); unset: no such part of the loss. Never downloaded."""
+    perceptual_weight: float = Field(0.1, gt=0, allow_inf_nan=False)
+    """Of that part: a sample's patches get this times (1 - sigma) times its features' mean cosine distance, 0 to 2."""
 
 
 class Preserve(Section):

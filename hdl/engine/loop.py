@@ -47,6 +47,7 @@ from hdl.engine.watch import Watch
 from hdl.engine.zero3 import gathered_for_peft, load_partitioned, share_with_dora
 from hdl.errors import HdlError
 from hdl.flow.noise import VARIANTS
+from hdl.flow.perceptual import Perceptual, read_encoder
 from hdl.flow.sigma import draw_sigmas, shift_by_size
 from hdl.metrics.best import BEST_FILE, Judged, best_text, is_over, read_best
 from hdl.metrics.metrics import Metrics, Report
@@ -90,8 +91,12 @@ def prepare(run: Run, processes: Processes) -> Prepared:
     fingerprint = checkpoint.fingerprint()
     mixture = open_mixture(run.data, fingerprint)
     largest = mixture.longest(micro)
-    tower = tower_bytes(checkpoint, _dtype(run, processes)) if mixture.pairs else 0
-    run, expected = settled(run, checkpoint.config, largest, processes, fuses and not run.lora.dropout, tower)
+    beside = tower_bytes(checkpoint, _dtype(run, processes)) if mixture.pairs else 0
+    if run.flow.perceptual:
+        beside += read_encoder(run.flow.perceptual).bytes(_dtype(run, processes), micro)
+    run, expected = settled(
+        run, checkpoint.config, largest, processes, fuses and not run.lora.dropout, beside
+    )
     check_stream(run, checkpoint.config, _dtype(run, processes))
     untriggered = _untriggered(run, checkpoint, mixture)
     validation = Validation(run, checkpoint, processes)
@@ -176,6 +181,10 @@ def _train(run: Run, processes: Processes, signals: Signals, watch: Watch) -> in
         model = load_model(prepared.checkpoint, processes.device, dtype, absent=prepared.fuses)
         adapted = attach(model, run.lora, str(run.model.base), run.train.seed)
     tower = VisualTower(prepared.checkpoint, processes.device, dtype) if prepared.mixture.pairs else None
+    perceptual = None
+    if run.flow.perceptual:
+        encoder = read_encoder(run.flow.perceptual)
+        perceptual = Perceptual(encoder, run.flow.perceptual_weight, processes.device, dtype)
     state = read_state(found.newest) if found.newest else {"step": 0, "skipped": 0}
     steps = Steps(_cut(run, prepared.mixture, shares(run.train, processes.world)[0], state), processes.world)
     if found.newest:
@@ -204,6 +213,7 @@ def _train(run: Run, processes: Processes, signals: Signals, watch: Watch) -> in
     loop = Loop(
         run, prepared, processes, engine, steps, state,
         dtype=dtype, path=path, saver=saver, signals=signals, watch=watch, average=average, tower=tower,
+        perceptual=perceptual,
     )  # fmt: skip
     try:
         return loop.go()
@@ -233,10 +243,10 @@ class Loop:
     def __init__(
         self, run: Run, prepared: Prepared, processes: Processes, engine: DeepSpeedEngine, steps: Steps,
         state: dict[str, Any], *, dtype: torch.dtype, path: FastPath, saver: Saver, signals: Signals, watch: Watch,
-        average: Average | None = None, tower: VisualTower | None = None,
+        average: Average | None = None, tower: VisualTower | None = None, perceptual: Perceptual | None = None,
     ) -> None:  # fmt: skip
         """state: of the checkpoint that the run goes on from. average: with train.ema. tower: where the data have
-        pairs."""
+        pairs. perceptual: where the loss has that part."""
         self.run, self.prepared, self.processes, self.engine = run, prepared, processes, engine
         self.done = self.first = done = state["step"]  # steps so far, skipped ones included
         self.saver, self.signals, self.watch, self.average = saver, signals, watch, average
@@ -249,7 +259,7 @@ class Loop:
             engine, processes,
             variant=VARIANTS[run.model.variant], flow=run.flow, seed=run.train.seed, dropout=run.lora.dropout,
             dtype=dtype, fused=path.fused, ease=self._ease, concern=self._concern, tower=tower, lockstep=path.lockstep,
-            base=self._without_adapter,
+            base=self._without_adapter, perceptual=perceptual,
         )  # fmt: skip
         self.dtype = dtype
         self.best: Judged | None = processes.gather(read_best(prepared.folder.best))[0]

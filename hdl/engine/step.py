@@ -22,6 +22,7 @@ from hdl.config import Flow
 from hdl.data.batches import Batch
 from hdl.engine.processes import Processes
 from hdl.flow.noise import Variant
+from hdl.flow.perceptual import Perceptual
 from hdl.flow.step import base_prediction, flow_matching_loss
 from hdl.memory.lockstep import Lockstep
 from hdl.o1.visual import VisualTower
@@ -71,8 +72,9 @@ class TrainStep:
         *, variant: Variant, flow: Flow, seed: int, dropout: float, dtype: torch.dtype, fused: bool,
         ease: Callable[[str], None] | None = None, concern: Callable[[], bool] = lambda: False,
         tower: VisualTower | None = None, lockstep: Lockstep | None = None, base: Base | None = None,
+        perceptual: Perceptual | None = None,
     ) -> None:  # fmt: skip
-        """variant, flow, seed, dtype, fused, tower: as flow_matching_loss takes them; dropout: the adapter's. ease:
+        """variant, flow, seed, dtype, fused, tower, perceptual: as flow_matching_loss takes them; dropout: the adapter's. ease:
         called when a micro-batch ran out of memory, with what the allocator said; when it returns, the
         micro-batch is tried again. concern: whether this rank wants the run to be looked at after the step; all
         ranks learn of it with the step's numbers. lockstep: with which the model's passes are taken. base: predicts without the
@@ -81,7 +83,7 @@ class TrainStep:
         self.variant, self.flow, self.seed = variant, flow, seed
         self.dropout, self.dtype, self.fused = dropout, dtype, fused
         self.ease, self.concern, self.tower = ease, concern, tower
-        self.lockstep, self.base = lockstep or Lockstep(), base
+        self.lockstep, self.base, self.perceptual = lockstep or Lockstep(), base, perceptual
 
     def forward_backward(self, step: int, batches: Sequence[Batch], sigmas: Tensor) -> Reading:
         """Queue a step's gradient; its numbers, for `Measured.read`, arrive when its forward passes are done.
@@ -138,7 +140,7 @@ class TrainStep:
         loss, errors = flow_matching_loss(
             self.engine, batch.to(self.processes.device), sigmas, step,
             variant=self.variant, flow=self.flow, seed=self.seed, fused=self.fused, dtype=self.dtype,
-            tower=self.tower, toward=toward,
+            tower=self.tower, toward=toward, perceptual=self.perceptual,
         )  # fmt: skip
         measured = _measured(loss, batch, sigmas, errors, i == 0 and self.concern())
         self.lockstep.through("forward")

@@ -17,6 +17,7 @@ from hdl.config import Flow
 from hdl.data.batches import Batch
 from hdl.flow.loss import KeptError, X0Error, loss_weights, patch_errors
 from hdl.flow.noise import Variant, noise_keys
+from hdl.flow.perceptual import Perceptual
 from hdl.kernels.noising import noise_patches
 from hdl.o1.decoder import Head, References
 from hdl.o1.patches import to_model
@@ -39,6 +40,7 @@ def flow_matching_loss(
     dtype: torch.dtype = torch.float32,
     tower: VisualTower | None = None,
     toward: Tensor | None = None,
+    perceptual: Perceptual | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The micro-batch's part of the step's loss, and each sample's own error.
 
@@ -50,14 +52,16 @@ def flow_matching_loss(
     dtype: what the noisy patches are written in, the model's own. fused: the model takes its errors where
     its head is (hdl/kernels/head_loss.py), and returns these instead of x_pred. tower: the base's, needed where
     the batch has pairs. Their references are given to the model clean, and have no part in the loss. toward: of the
-    batch's kept samples, their `base_prediction`.
+    batch's kept samples, their `base_prediction`. perceptual: adds its distances to the loss, but for kept samples; the
+    x0 errors stay what they are.
     """
     counts = batch.patch_counts
     inputs, shown, weights = _inputs(
         batch, sigmas, step, variant=variant, flow=flow, seed=seed, dtype=dtype, tower=tower
     )
     rows = _kept_rows(batch)
-    if fused:
+    distances = None
+    if fused and perceptual is None:
         measure: Measure = X0Error(batch.patches)
         if rows is not None:
             measure = KeptError(batch.patches, rows, _found(toward))
@@ -66,9 +70,16 @@ def flow_matching_loss(
         target = to_model(batch.patches)
         if rows is not None:
             target = target.index_copy(0, rows, _found(toward).to(target.dtype))
-        errors = patch_errors(model(*inputs, **shown), target)
-    weight = torch.cat([w.expand(n) for w, n in zip(weights, counts)])
-    loss = (errors * weight).sum() / batch.global_patches
+        if perceptual is None:
+            errors = patch_errors(model(*inputs, **shown), target)
+        else:
+            errors, distances = model(*inputs, measure=perceptual.measure(batch, target), **shown)
+    loss = (errors * _spread(weights, counts)).sum()
+    if perceptual is not None and distances is not None:
+        pictured = torch.tensor([0.0 if kept else 1.0 for kept in batch.kept] or [1.0] * len(counts))
+        factors = perceptual.factors(sigmas[batch.places]) * torch.tensor(batch.weights) * pictured
+        loss = loss + (distances * _spread(send(factors, distances.device), counts)).sum()
+    loss = loss / batch.global_patches
     return loss, _mean_of_each(errors.detach(), counts)
 
 
@@ -136,6 +147,11 @@ def with_references(batch: Batch, tower: VisualTower | None) -> tuple[Tensor, di
     rows = layout.order[layout.seen_index]  # of the text
     text = batch.text.to(view.features.dtype).index_copy(0, rows, view.features)
     return text, {"references": References(to_model(batch.references), view.deepstack)}
+
+
+def _spread(values: Tensor, counts: Sequence[int]) -> Tensor:
+    """A value a sample -> one a patch."""
+    return torch.cat([value.expand(count) for value, count in zip(values, counts)])
 
 
 def _mean_of_each(values: Tensor, counts: Sequence[int]) -> Tensor:
