@@ -15,7 +15,6 @@ from skimage import data as photographs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hdl.data.prepare import Options, prepare
-from hdl.engine.processes import Processes, process_group
 from tests.engine.forked import Server
 
 REPOSITORY = Path(__file__).parents[2]
@@ -53,30 +52,6 @@ def shards(photos: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFacto
     out = tmp_path_factory.mktemp("shards")
     prepare(photos, out, tiny_base, options=Options(area=128))
     return out
-
-
-@pytest.fixture(scope="session")
-def joined() -> Iterator[tuple[Processes, dict[str, str]]]:
-    """The one process group of this pytest process, and the environment that describes it: DeepSpeed remembers
-    the first group it meets and fails with any later one."""
-    before = dict(os.environ)
-    with process_group() as processes:
-        described = {name: value for name, value in os.environ.items() if before.get(name) != value}
-        for name in described:
-            del os.environ[
-                name
-            ]  # a run that another test starts must not take itself for a part of this group
-        os.environ.update({name: before[name] for name in described if name in before})
-        yield processes, described
-
-
-@pytest.fixture
-def group(joined: tuple[Processes, dict[str, str]], monkeypatch: pytest.MonkeyPatch) -> Processes:
-    """A world of one, to build engines of DeepSpeed's in."""
-    processes, described = joined
-    for name, value in described.items():
-        monkeypatch.setenv(name, value)
-    return processes
 
 
 Launch = Callable[..., Finished]
