@@ -20,7 +20,8 @@ from peft import PeftModel
 from torch import Tensor
 from torch.profiler import record_function
 
-from hdl.bench.ours import OURS, loss_options, our_model, speed_up
+from hdl.adapter.lora import Switch
+from hdl.bench.ours import KEPT, OURS, keeping, loss_options, our_model, speed_up
 from hdl.bench.stock import stock_loss, stock_model
 from hdl.config import Flow, Lora, Train
 from hdl.data.batches import Batch
@@ -73,13 +74,15 @@ class Arm:
             self.train_step = TrainStep(
                 self.engine, setup.processes,
                 variant=VARIANTS["full"], flow=FLOW, seed=SEED, dropout=setup.lora.dropout,
-                **loss_options(name, setup.dtype),
+                base=Switch(self.model).off, **loss_options(name, setup.dtype),
             )  # fmt: skip
 
     def step(self, number: int, batches: Sequence[Batch]) -> float:
         """Train on a step's batches, which lie in host memory; returns the loss."""
         if not self.train_step:
             return self._stock_step(batches, sigmas_of(number, batches))
+        if self.name == KEPT:
+            batches = [keeping(batch, number) for batch in batches]
         return take_step(self.train_step, number, batches, f"arm {self.name}")
 
     def _stock_step(self, batches: Sequence[Batch], sigmas: Tensor) -> float:

@@ -8,17 +8,14 @@ import gc
 import math
 import os
 import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
-from peft import PeftModel
 
-from hdl.adapter.lora import attach, load_adapter, read_adapter, shape_of
+from hdl.adapter.lora import Switch, attach, load_adapter, read_adapter, shape_of
 from hdl.config import Run
 from hdl.data.batches import Batches, Keeping
 from hdl.data.locality import what_thrashes
@@ -259,7 +256,7 @@ class Loop:
             engine, processes,
             variant=VARIANTS[run.model.variant], flow=run.flow, seed=run.train.seed, dropout=run.lora.dropout,
             dtype=dtype, fused=path.fused, ease=self._ease, concern=self._concern, tower=tower, lockstep=path.lockstep,
-            base=self._without_adapter, perceptual=perceptual,
+            base=Switch(engine.module).off, perceptual=perceptual,
         )  # fmt: skip
         self.dtype = dtype
         self.best: Judged | None = processes.gather(read_best(prepared.folder.best))[0]
@@ -346,11 +343,6 @@ class Loop:
             )  # fmt: skip
             self.start = grad_norm.mark
         return measured.concerned > 0
-
-    @contextmanager
-    def _without_adapter(self) -> Iterator[PeftModel]:
-        with self.engine.module.disable_adapter():
-            yield self.engine.module
 
     def _concern(self) -> bool:
         return self.signals.asked is not None or self.saver.problem() is not None

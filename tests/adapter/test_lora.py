@@ -9,6 +9,7 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from hdl.adapter.formats import read_adapter_file, write_adapter_file
 from hdl.adapter.lora import (
+    Switch,
     adapter_parameters,
     attach,
     load_adapter,
@@ -161,3 +162,16 @@ def test_an_adapter_of_other_patterns_is_refused(trained: PeftModel, tiny_base: 
 def test_a_pattern_that_decides_nothing_is_named(pattern: dict, message: str, tiny_base: Path) -> None:
     with pytest.raises(HdlError, match=message):
         attach(base(tiny_base), Lora(**pattern), "", seed=0)
+
+
+def test_a_switch_is_pefts_own_without_its_freezing(trained: PeftModel) -> None:
+    switch, on = Switch(trained), trained(*INPUTS)
+    with trained.disable_adapter():
+        wanted = trained(*INPUTS)
+    with switch.off() as base_of_it:
+        assert base_of_it(*INPUTS).equal(wanted) and not wanted.equal(on)
+        assert all(p.requires_grad for p in adapter_parameters(trained).values())
+    assert trained(*INPUTS).equal(on)
+    with pytest.raises(RuntimeError, match="torn"), switch.off():
+        raise RuntimeError("torn")
+    assert trained(*INPUTS).equal(on)
