@@ -97,6 +97,30 @@ def test_a_rank_that_runs_out_of_memory_takes_its_pass_again_and_the_others_wait
         assert found == pytest.approx(wanted, rel=1e-5)
 
 
+PRESERVING = SETTINGS | {"data__trigger": "a photograph"}
+
+
+@pytest.mark.parametrize("place", [None, "base", "after"])
+def test_the_bases_pass_is_taken_together_too(
+    place: str | None, server: Server, described: Described, tmp_path: Path, memo: dict[str, list[list[float]]]
+) -> None:
+    """Also where one rank has no kept sample, and where one runs out of memory in it, or after it."""
+    if "preserving" not in memo:
+        job = server.start(described("preserving", **PRESERVING))
+        assert job.wait() == 0, job.printed
+        memo["preserving"] = curves(tmp_path / "preserving")
+        assert memo["preserving"][0] != resident(server, described, tmp_path, memo)[0]
+    first = ""
+    if place:
+        name, at = {"base": ("base_prediction", 2), "after": ("_measured", 4)}[place]
+        first = FAILING.format(module="engine", owner="step", name=name, at=at)
+    job = server.start(described("failing", model__shard=3, **PRESERVING), first=first)
+    assert job.wait(120) == 0, job.printed
+    assert job.printed.count("taken again with more recomputation") == (place is not None)
+    for found, wanted in zip(curves(tmp_path / "failing"), memo["preserving"]):
+        assert found == pytest.approx(wanted, rel=1e-5)
+
+
 def test_needs_several_processes(server: Server, described: Described, tmp_path: Path) -> None:
     job = server.start(described("alone", model__shard=4, **SETTINGS), processes=1)
     assert (
