@@ -98,7 +98,7 @@ def test_a_run_ends_with_a_page_that_shows_it(launch: Launch, alone: list[Finish
     page = run.output / "summary.html"
     assert f"summary: {page}" in run.printed
     html = page.read_text(encoding="utf-8")
-    assert "kotonia style" in html and str(run.output / "adapter") in html
+    assert "a photograph" in html and str(run.output / "adapter") in html
     curves = {re.sub("/sigma_.*", " by sigma", name) for name in run.curve_names()}
     assert curves == set(re.findall('<svg [^>]*aria-label="(.*?)"', html))
     seen = see(page, tmp_path)
