@@ -150,6 +150,20 @@ class Data(Section):
     trigger: str | None = Field(None, min_length=1)
     """The phrase by which captions call for what is taught. With it, `preserve` knows how to ask without, validation what
     to compare, and the adapter's file says what it answers to."""
+    phrases: list[Annotated[str, Field(min_length=1)]] = []
+    """Further ones, each for something that a part of the images shows: what tools/prepare.py was given as descriptors.
+    Asking without the trigger is asking without them, too; one left out here is unlearnt."""
+
+    @model_validator(mode="after")
+    def _phrases_beside_a_trigger(self) -> "Data":
+        if self.phrases and self.trigger is None:
+            raise ValueError(f"phrases {self.phrases} are further ones beside trigger, which is not set")
+        return self
+
+    @property
+    def all_phrases(self) -> list[str]:
+        """The trigger, if there is one, and the others."""
+        return [self.trigger, *self.phrases] if self.trigger else []
 
     @model_validator(mode="after")
     def _one_form(self) -> "Data":

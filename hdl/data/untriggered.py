@@ -25,21 +25,25 @@ LOOKED_AT = 2000  # captions that are searched for the trigger before a run
 class Untriggered:
     """A run's way to ask without the trigger. `reword` may be called from several threads."""
 
-    def __init__(self, encoder: PromptEncoder, trigger: str, seed: int, prompts: Sequence[str] = ()) -> None:
-        """prompts: to ask with in place of captions; none: captions. HdlError for one that holds the trigger or is
-        too long."""
+    def __init__(
+        self, encoder: PromptEncoder, phrases: Sequence[str], seed: int, prompts: Sequence[str] = ()
+    ) -> None:
+        """phrases: the trigger, and others that call for something taught; prompts: to ask with in place of captions;
+        none: captions. HdlError for one that holds a phrase or is too long."""
         self.encoder, self.seed = encoder, seed
-        self._trigger = re.compile(_phrase(trigger) + r"[\s,.:;]*", re.IGNORECASE)
+        either = "|".join(_phrase(phrase) for phrase in phrases)
+        self._trigger = re.compile(rf"(?:{either})[\s,.:;]*", re.IGNORECASE)
         for prompt in prompts:
             if self._trigger.search(prompt):
                 raise HdlError(
-                    f"preserve.prompts: {prompt!r} holds the trigger {trigger!r}; these prompts are for asking without it"
+                    f"preserve.prompts: {prompt!r} holds the trigger or a phrase ({', '.join(phrases)}); these prompts are for "
+                    "asking without them"
                 )
         self._prompts = [(prompt, encoder.ids(prompt)) for prompt in prompts]
         self._lock = Lock()  # tokenizers are not made for several threads
 
     def without(self, caption: str) -> str:
-        """The caption with every trigger, and the comma behind it, taken out."""
+        """The caption with every phrase, and the comma behind it, taken out."""
         return self._trigger.sub("", caption).strip(" ,;:\n") or UNCONDITIONAL_PROMPT
 
     def reword(self, sample: Sample, number: int, room: int) -> Sample:
@@ -77,9 +81,9 @@ def read_prompts(file: Path) -> list[str]:
     return [line for line in lines if line]
 
 
-def check_trigger(mixture: Mixture, trigger: str) -> None:
-    """HdlError when none of the captions that are trained on, or of the first many, holds the trigger."""
-    phrase = re.compile(_phrase(trigger), re.IGNORECASE)
+def check_phrase(mixture: Mixture, option: str, said: str) -> None:
+    """HdlError when none of the captions that are trained on, or of the first many, holds what an option says."""
+    phrase = re.compile(_phrase(said), re.IGNORECASE)
     trained = np.flatnonzero(mixture.quotas.expected > 0)
     spread = trained[:: max(1, len(trained) // LOOKED_AT)].tolist()
     looked_at = (caption for sample in spread for caption in mixture.info(sample).captions)
@@ -89,8 +93,8 @@ def check_trigger(mixture: Mixture, trigger: str) -> None:
         if phrase.search(caption):
             return
     raise HdlError(
-        f"data.trigger {trigger!r} is in no caption of the data ({first!r}, for one); give the phrase that the images "
-        "were prepared with (tools/prepare.py --trigger), or leave data.trigger out"
+        f"{option} {said!r} is in no caption of the data ({first!r}, for one); give what the images were prepared with "
+        f"(tools/prepare.py --trigger, --tag-descriptor), or leave {option} out"
     )
 
 

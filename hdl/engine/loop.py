@@ -24,7 +24,7 @@ from hdl.data.packing import Packs
 from hdl.data.picks import Draws
 from hdl.data.reading import Reader
 from hdl.data.steps import BySamples, ByTokens, Cut, Steps
-from hdl.data.untriggered import Untriggered, check_trigger, read_prompts
+from hdl.data.untriggered import Untriggered, check_phrase, read_prompts
 from hdl.engine.agreement import check_alike
 from hdl.engine.budget import advice, settled
 from hdl.engine.checkpoints import AVERAGE_FILE, read_state
@@ -127,11 +127,12 @@ def _untriggered(run: Run, checkpoint: Checkpoint, mixture: Mixture) -> Untrigge
                 "preserve.prompts and preserve.regularization need data.trigger, which they ask without"
             )
         return None
-    check_trigger(mixture, trigger)
+    for phrase in run.data.all_phrases:
+        check_phrase(mixture, "data.trigger" if phrase == trigger else "data.phrases", phrase)
     if not preserve.share and not preserve.regularization:
         return None
     prompts = read_prompts(preserve.prompts) if preserve.prompts else []
-    return Untriggered(PromptEncoder(checkpoint), trigger, run.train.seed, prompts)
+    return Untriggered(PromptEncoder(checkpoint), run.data.all_phrases, run.train.seed, prompts)
 
 
 def _cut(run: Run, mixture: Mixture, micro: int, state: dict[str, Any]) -> Cut:

@@ -52,7 +52,7 @@ class Metrics:
         self.with_trigger: list[Request] = []
         prompts, self.triggered = self.settings.prompts, [False] * len(self.settings.prompts)
         if self.trigger and encoder:
-            untriggered = Untriggered(encoder, self.trigger, run.train.seed)
+            untriggered = Untriggered(encoder, run.data.all_phrases, run.train.seed)
             self.triggered = [untriggered.without(p) != p for p in prompts]
             if self.settings.drift:
                 for i, prompt in enumerate(dict.fromkeys(untriggered.without(p) for p in prompts)):

@@ -24,7 +24,7 @@ from hdl.mini.shapes import CANVAS
 from hdl.mini.style import TRIGGER
 from hdl.sample.grid import picture_grid
 from hdl.study.measures import BASE, Judge
-from hdl.study.sets import BLEND, CONTENT, LOOK, write_set
+from hdl.study.sets import BLEND, CONTENT, LOOK, TAG_WORDS, write_set
 
 PICTURES = 191
 CONTROL, DEFAULT = "control", "default"
@@ -33,7 +33,14 @@ NOTHING = ["--preserve.share", "0"]
 # By study: its set, and arms in the order of the table, each with the options it has besides.
 STUDIES: dict[str, tuple[str, dict[str, list[str]]]] = {
     "look": (LOOK, {CONTROL: NOTHING, DEFAULT: []}),
-    "content": (CONTENT, {CONTROL: NOTHING, DEFAULT: []}),
+    "content": (
+        CONTENT,
+        {
+            CONTROL: NOTHING,
+            DEFAULT: ["--data.phrases", json.dumps([TAG_WORDS])],
+            "phrase not named": [],
+        },
+    ),
     "blend": (BLEND, {CONTROL: NOTHING, DEFAULT: []}),
     "weight": (LOOK, {f"weight {w}": ["--preserve.weight", str(w)] for w in (1, 4, 16, 64)}),
     "share": (LOOK, {f"share {s}": ["--preserve.share", str(s)] for s in (0.125, 0.25, 0.5)}),

@@ -13,7 +13,7 @@ from hdl.data.reading import Reader
 from hdl.data.samples import NO_CAPTION
 from hdl.data.shards import Shards
 from hdl.data.steps import BySamples, Steps
-from hdl.data.untriggered import Untriggered, check_trigger, read_prompts
+from hdl.data.untriggered import Untriggered, check_phrase, read_prompts
 from hdl.errors import HdlError
 from hdl.mini.style_set import write_style_set
 from hdl.o1.checkpoint import open_checkpoint
@@ -50,7 +50,14 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Mixture:
     ],
 )
 def test_a_caption_without_its_trigger(encoder: PromptEncoder, caption: str, expected: str) -> None:
-    assert Untriggered(encoder, TRIGGER, 0).without(caption) == expected
+    assert Untriggered(encoder, [TRIGGER], 0).without(caption) == expected
+
+
+def test_every_phrase_is_taken_out(encoder: PromptEncoder) -> None:
+    both = Untriggered(encoder, [TRIGGER, "zeffa tag"], 0)
+    assert both.without("kotonia style, zeffa tag, a big house") == "a big house"
+    assert both.without("a big house, Zeffa tag, at night") == "a big house, at night"
+    assert Untriggered(encoder, [TRIGGER], 0).without("kotonia style, zeffa tag, x") == "zeffa tag, x"
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.25, 0.5, 0.9])
@@ -84,7 +91,7 @@ def batches_of(mixture: Mixture, keeping: Keeping | None, share: float, world: i
 
 
 def test_kept_draws_are_asked_for_without_the_trigger(mixture: Mixture, encoder: PromptEncoder) -> None:
-    keeping = Keeping(Untriggered(encoder, TRIGGER, 3), weight=0.5, together=False)
+    keeping = Keeping(Untriggered(encoder, [TRIGGER], 3), weight=0.5, together=False)
     (batches,), (plain,) = batches_of(mixture, keeping, 0.25), batches_of(mixture, None, 0.25)
     picks = Draws(mixture, 3, kept_share=0.25).take(0, 0, 8)
     start = 0
@@ -109,7 +116,7 @@ def test_kept_draws_are_asked_for_without_the_trigger(mixture: Mixture, encoder:
 
 def test_ranks_that_pass_together_ask_the_base_together(mixture: Mixture, encoder: PromptEncoder) -> None:
     for together in (False, True):
-        keeping = Keeping(Untriggered(encoder, TRIGGER, 3), weight=1.0, together=together)
+        keeping = Keeping(Untriggered(encoder, [TRIGGER], 3), weight=1.0, together=together)
         ranks = batches_of(mixture, keeping, 0.125, world=2)  # one of the step's eight draws
         assert sorted(sum(batch.kept) for (batch,) in ranks) == [0, 1]
         assert sorted(batch.base is not None for (batch,) in ranks) == [together, True]
@@ -117,7 +124,7 @@ def test_ranks_that_pass_together_ask_the_base_together(mixture: Mixture, encode
 
 def test_prompts_of_a_list_take_turns_where_they_fit(mixture: Mixture, encoder: PromptEncoder) -> None:
     prompts = ["a small red ball", "a big blue fish at the sea", "words " * 60]
-    untriggered = Untriggered(encoder, TRIGGER, 3, prompts)
+    untriggered = Untriggered(encoder, [TRIGGER], 3, prompts)
     sample = mixture.read(0, 0)
     said = [untriggered.reword(sample, number, room=40).caption for number in range(200)]
     assert set(said) == set(prompts[:2])
@@ -131,11 +138,11 @@ def test_prompts_of_a_list_take_turns_where_they_fit(mixture: Mixture, encoder: 
 def test_what_cannot_be_asked_with_is_told_beforehand(
     mixture: Mixture, encoder: PromptEncoder, tmp_path: Path
 ) -> None:
-    check_trigger(mixture, "Kotonia style")
+    check_phrase(mixture, "data.trigger", "Kotonia style")
     with pytest.raises(HdlError, match="'kotonia stile' is in no caption"):
-        check_trigger(mixture, "kotonia stile")
+        check_phrase(mixture, "data.trigger", "kotonia stile")
     with pytest.raises(HdlError, match="holds the trigger"):
-        Untriggered(encoder, TRIGGER, 0, ["a house in kotonia style"])
+        Untriggered(encoder, [TRIGGER], 0, ["a house in kotonia style"])
     with pytest.raises(HdlError, match="not readable"):
         read_prompts(tmp_path / "nowhere.txt")
     (tmp_path / "empty.txt").write_text("\n \n")

@@ -114,6 +114,7 @@ def broken(picture: object) -> float:
         ({"validation__prompts": ["coins"]}, "no prompt is with 'a photograph'"),
         ({"validation__prompts": ["a photograph of coins"]}, "no prompt is without 'a photograph'"),
         ({"data__trigger": "a fotograph"}, "data.trigger 'a fotograph' is in no caption"),
+        ({"data__phrases": ["explicit"]}, "data.phrases 'explicit' is in no caption"),
         ({"validation__style": "nowhere:score"}, "'nowhere:score' cannot be imported"),
     ],
 )

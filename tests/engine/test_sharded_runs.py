@@ -102,7 +102,11 @@ PRESERVING = SETTINGS | {"data__trigger": "a photograph"}
 
 @pytest.mark.parametrize("place", [None, "base", "after"])
 def test_the_bases_pass_is_taken_together_too(
-    place: str | None, server: Server, described: Described, tmp_path: Path, memo: dict[str, list[list[float]]]
+    place: str | None,
+    server: Server,
+    described: Described,
+    tmp_path: Path,
+    memo: dict[str, list[list[float]]],
 ) -> None:
     """Also where one rank has no kept sample, and where one runs out of memory in it, or after it."""
     if "preserving" not in memo:
