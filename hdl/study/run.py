@@ -38,6 +38,7 @@ STUDIES: dict[str, tuple[str, dict[str, list[str]]]] = {
         {
             CONTROL: NOTHING,
             DEFAULT: ["--data.phrases", json.dumps([TAG_WORDS])],
+            "weight 4": ["--data.phrases", json.dumps([TAG_WORDS]), "--preserve.weight", "4"],
             "phrase not named": [],
         },
     ),
