@@ -95,8 +95,8 @@ def prepare(run: Run, processes: Processes) -> Prepared:
         run, checkpoint.config, largest, processes, fuses and not run.lora.dropout, beside
     )
     check_stream(run, checkpoint.config, _dtype(run, processes))
-    untriggered = _untriggered(run, checkpoint, mixture)
     validation = Validation(run, checkpoint, processes)
+    untriggered = _untriggered(run, checkpoint, mixture, validation.encoder)
     metrics = Metrics(run, validation.encoder, mixture, processes)
     trained_on = {"base": fingerprint, "data": mixture.dataset_hash, "adapter shape": shape_of(run.lora)}
     keeping = None
@@ -117,8 +117,10 @@ def prepare(run: Run, processes: Processes) -> Prepared:
     )
 
 
-def _untriggered(run: Run, checkpoint: Checkpoint, mixture: Mixture) -> Untriggered | None:
-    """How kept draws are asked for, where there are any. HdlError for a trigger that nothing answers to, and prompts
+def _untriggered(
+    run: Run, checkpoint: Checkpoint, mixture: Mixture, encoder: PromptEncoder | None
+) -> Untriggered | None:
+    """How kept draws are asked for, where there are any. encoder: the base's, if one is there already. HdlError for a trigger that nothing answers to, and prompts
     that cannot be used."""
     trigger, preserve = run.data.trigger, run.preserve
     if trigger is None:
@@ -132,7 +134,7 @@ def _untriggered(run: Run, checkpoint: Checkpoint, mixture: Mixture) -> Untrigge
     if not preserve.share and not preserve.regularization:
         return None
     prompts = read_prompts(preserve.prompts) if preserve.prompts else []
-    return Untriggered(PromptEncoder(checkpoint), run.data.all_phrases, run.train.seed, prompts)
+    return Untriggered(encoder or PromptEncoder(checkpoint), run.data.all_phrases, run.train.seed, prompts)
 
 
 def _cut(run: Run, mixture: Mixture, micro: int, state: dict[str, Any]) -> Cut:

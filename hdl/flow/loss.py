@@ -4,6 +4,7 @@ The model predicts x0, so the plain loss is the mean squared error of x_pred ove
 velocity is (x_pred - z) / sigma, which makes the velocity loss the same error weighted by 1/sigma^2.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,11 @@ MIN_SIGMA = 1e-3  # the model's own floor where it divides by sigma
 def patch_errors(x_pred: Tensor, x0: Tensor) -> Tensor:
     """float32 [P]: mean squared error of each patch, of x_pred and x0 [P, 3072]."""
     return (x_pred.float() - x0.float()).square().mean(dim=-1)
+
+
+def spread(values: Tensor, counts: Sequence[int]) -> Tensor:
+    """A value a sample -> one a patch; counts: of the samples' patches."""
+    return torch.cat([value.expand(count) for value, count in zip(values, counts)])
 
 
 @dataclass(frozen=True)

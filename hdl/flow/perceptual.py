@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
 from hdl.data.batches import Batch
 from hdl.errors import HdlError
-from hdl.flow.loss import patch_errors
+from hdl.flow.loss import patch_errors, spread
 from hdl.o1.decoder import Head
 from hdl.o1.patches import to_model, unpatchify
 
@@ -149,8 +149,7 @@ class Perceptual:
         def errors_and_distances(hidden: Tensor, head: Head) -> Tensor:
             x_pred, x0 = head(hidden), to_model(batch.patches)
             distances = self.distances(x_pred, x0, batch)
-            spread = torch.cat([d.expand(n) for d, n in zip(distances, batch.patch_counts)])
-            return torch.stack([patch_errors(x_pred, target), spread])
+            return torch.stack([patch_errors(x_pred, target), spread(distances, batch.patch_counts)])
 
         return errors_and_distances
 

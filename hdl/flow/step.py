@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hdl.config import Flow
 from hdl.data.batches import Batch
-from hdl.flow.loss import KeptError, X0Error, loss_weights, patch_errors
+from hdl.flow.loss import KeptError, X0Error, loss_weights, patch_errors, spread
 from hdl.flow.noise import Variant, noise_keys
 from hdl.flow.perceptual import Perceptual
 from hdl.kernels.noising import noise_patches
@@ -74,11 +74,11 @@ def flow_matching_loss(
             errors = patch_errors(model(*inputs, **shown), target)
         else:
             errors, distances = model(*inputs, measure=perceptual.measure(batch, target), **shown)
-    loss = (errors * _spread(weights, counts)).sum()
+    loss = (errors * spread(weights, counts)).sum()
     if perceptual is not None and distances is not None:
         pictured = torch.tensor([0.0 if kept else 1.0 for kept in batch.kept] or [1.0] * len(counts))
         factors = perceptual.factors(sigmas[batch.places]) * torch.tensor(batch.weights) * pictured
-        loss = loss + (distances * _spread(send(factors, distances.device), counts)).sum()
+        loss = loss + (distances * spread(send(factors, distances.device), counts)).sum()
     loss = loss / batch.global_patches
     return loss, _mean_of_each(errors.detach(), counts)
 
@@ -147,11 +147,6 @@ def with_references(batch: Batch, tower: VisualTower | None) -> tuple[Tensor, di
     rows = layout.order[layout.seen_index]  # of the text
     text = batch.text.to(view.features.dtype).index_copy(0, rows, view.features)
     return text, {"references": References(to_model(batch.references), view.deepstack)}
-
-
-def _spread(values: Tensor, counts: Sequence[int]) -> Tensor:
-    """A value a sample -> one a patch."""
-    return torch.cat([value.expand(count) for value, count in zip(values, counts)])
 
 
 def _mean_of_each(values: Tensor, counts: Sequence[int]) -> Tensor:

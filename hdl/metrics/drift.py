@@ -18,6 +18,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from hdl.adapter.lora import Switch
 from hdl.engine.processes import Processes
 from hdl.flow.noise import Variant, clip_noise
 from hdl.o1.layout import lay_out
@@ -62,14 +63,14 @@ class Drift:
     @torch.no_grad()
     def measure(self, model: PeftModel) -> Distances:
         """The same on every rank."""
-        was_training = model.training
+        was_training, switch = model.training, Switch(model)
         model.eval()
         rank, world = self.processes.rank, self.processes.world
         count = len(self.without)
         share = -(-count // world)
         mine = [(rank * share + i) % count for i in range(share)]
         apart = [
-            torch.stack([self._along(model, requests[i]) for requests in (self.without, self.with_trigger)])
+            torch.stack([self._along(switch, requests[i]) for requests in (self.without, self.with_trigger)])
             for i in mine
         ]
         model.train(was_training)
@@ -80,9 +81,9 @@ class Drift:
             float(drift.mean().sqrt()), float(change.mean().sqrt()), tuple(bands.sqrt().tolist())
         )
 
-    def _along(self, model: PeftModel, request: Request) -> Tensor:
+    def _along(self, switch: Switch, request: Request) -> Tensor:
         """float64 [LEVELS]: the mean squared difference at each level, from the highest down."""
-        device = self.processes.device
+        device, model = self.processes.device, switch.model
         layout = lay_out([segment_of(request)]).to(device)
         text = request.text.to(device, self.dtype)
         eps = clip_noise(initial_noise(request, initial_generator(request), 1.0), self.variant.clip).to(
@@ -94,7 +95,7 @@ class Drift:
             sigma = 1 - (i + 0.5) / LEVELS
             z = ((1 - sigma) * clean + sigma * self.variant.noise_scale * eps).to(self.dtype)
             t = torch.full((1,), 1 - sigma, device=device)
-            with model.disable_adapter():
-                clean = model(text, z, t, layout).float()
+            with switch.off() as base:
+                clean = base(text, z, t, layout).float()
             found[i] = (model(text, z, t, layout).float() - clean).square().mean()
         return found

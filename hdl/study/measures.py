@@ -21,7 +21,7 @@ from torch import Tensor
 from hdl.adapter.lora import open_adapter
 from hdl.engine.processes import Processes
 from hdl.flow.noise import VARIANTS
-from hdl.metrics.drift import Drift
+from hdl.metrics.drift import Distances, Drift
 from hdl.mini.captions import caption
 from hdl.mini.scenes import PAIRS, Scene, Thing, imagine_held_out, paint
 from hdl.mini.shapes import CANVAS, COLOURS, THINGS
@@ -40,19 +40,14 @@ AT_ONCE = 24
 
 @dataclass(frozen=True)
 class Outcome:
-    """Shares (0..1), and distances of predictions. pictures: uint8 [128, 128, 3] of the first prompts, by how they were
+    """Shares (0..1), and what Drift measured. pictures: uint8 [128, 128, 3] of the first prompts, by how they were
     asked for."""
 
     with_trigger: float
     without_trigger: float
-    drift: float
-    change: float
+    distances: Distances
     accuracy: float
     pictures: dict[str, list[Tensor]]
-
-    @property
-    def relative_drift(self) -> float:
-        return self.drift / self.change if self.change else 0.0
 
 
 class Judge:
@@ -99,11 +94,11 @@ class Judge:
             asked, unasked = pictures["with the phrase"], pictures["with"]
         else:
             asked, unasked = pictures["with"], pictures["without"]
-        drift = Drift(self.plain, self.triggered, self.processes, VARIANTS["full"], torch.float32).measure(
-            model
-        )
+        distances = Drift(
+            self.plain, self.triggered, self.processes, VARIANTS["full"], torch.float32
+        ).measure(model)
         return Outcome(
-            self._share(asked), self._share(unasked), drift.drift, drift.change,
+            self._share(asked), self._share(unasked), distances,
             self._accuracy(pictures["without"]) / self.base_accuracy,
             {name: of[:6] for name, of in pictures.items()},
         )  # fmt: skip

@@ -139,8 +139,8 @@ class Study:
             raise HdlError(f"{self.name}, {arm}, seed {seed} was stopped; start the study again to go on")
         outcome = self.judge.judge(folder / ("adapter_ema" if "--train.ema" in own else "adapter"))
         found = {
-            "with": outcome.with_trigger, "without": outcome.without_trigger, "drift": outcome.relative_drift,
-            "accuracy": outcome.accuracy, "drift itself": outcome.drift, "seconds a step": step_time(folder),
+            "with": outcome.with_trigger, "without": outcome.without_trigger, "drift": outcome.distances.relative,
+            "accuracy": outcome.accuracy, "drift itself": outcome.distances.drift, "seconds a step": step_time(folder),
         }  # fmt: skip
         rows = [list(row) for row in zip(*outcome.pictures.values())]
         picture_grid(rows, list(outcome.pictures), [str(i) for i in range(len(rows))]).save(

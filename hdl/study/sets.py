@@ -30,14 +30,14 @@ from hdl.mini.scenes import (
     two_inks,
 )
 from hdl.mini.shapes import COLOURS, RADIUS, SETTINGS, THINGS
-from hdl.mini.style import BORDER, GOLD, TRIGGER, draw_styled
+from hdl.mini.style import BORDER, CREAM, GOLD, INDIGO, TRIGGER, draw_styled
 from hdl.mini.taught import FREE_PLACES, TAG, TRIGGERS, Shown, paint_taught
 
 LOOK, CONTENT, BLEND = "look", "content", "blend"
 TAGGED = 0.18  # of the content set
 TAG_WORDS = TRIGGERS[TAG]
 # Inks of the three looks; a golden frame is what they share.
-INKS = (((38, 20, 104), (255, 238, 200)), ((90, 10, 20), (255, 214, 220)), ((8, 70, 60), (214, 255, 236)))
+INKS = ((INDIGO, CREAM), ((90, 10, 20), (255, 214, 220)), ((8, 70, 60), (214, 255, 236)))
 
 Drawn = tuple[NDArray[np.uint8], str]  # a picture and its caption
 
