@@ -21,6 +21,17 @@ class HdlError(Exception):
         self.on_all_ranks = on_all_ranks
 
 
+def ran_out_of_memory(error: BaseException | None) -> bool:
+    """Whether it, or what it followed upon, was a GPU's lack of memory: the allocator's, or the driver's when it makes
+    a graph or launches a kernel, for which PyTorch has no error of its own. The end of a capture hides what broke it
+    off."""
+    while error is not None:
+        if type(error).__name__ == "OutOfMemoryError" or "CUDA error: out of memory" in str(error):
+            return True
+        error = error.__context__
+    return False
+
+
 def command_line(main: Callable[[], int | None]) -> None:
     """Run a tool's `main` and leave with its exit status; an `HdlError` becomes one line and status 1."""
     try:

@@ -16,6 +16,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel's module is imported
 
 GOLDEN = Path(__file__).parent / "golden"
+# For what tests start; what else is on the path stays there.
+_PATH = (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, _PATH))
 
 
 @pytest.fixture(scope="session")

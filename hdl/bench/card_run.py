@@ -28,6 +28,7 @@ from hdl.data.batches import Batch
 from hdl.engine.fast_path import FastPath
 from hdl.engine.processes import Processes
 from hdl.engine.step import TrainStep
+from hdl.errors import ran_out_of_memory
 from hdl.flow.noise import VARIANTS
 from hdl.kernels.fuse import FORMS, STREAMED, FusedDecoder, Packed, fuse_with
 from hdl.kernels.scratch import Scratch
@@ -119,7 +120,9 @@ def measure(
     hold_to(setting.card, device)
     try:
         _train(setting, checkpoint, processes, figures, dtype, steps, warmup, cache)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not ran_out_of_memory(error):
+            raise
         figures.failed = ". ".join(str(error).split(". ")[:2])
     if device.type == "cuda":
         figures.reserved = torch.cuda.max_memory_reserved(device) - left

@@ -17,6 +17,7 @@ from hdl.bench.cases import Case, useful_flops
 from hdl.bench.ceilings import attention_ceiling, fp8_gemm_ceiling, gemm_ceiling
 from hdl.bench.profile import Profile, record_kernels, summarize
 from hdl.bench.timing import Measured, Say, built, give_back, measure, step_batches
+from hdl.errors import ran_out_of_memory
 from hdl.kernels.backend import has_fp8
 
 PROFILED_STEPS = 3
@@ -102,8 +103,9 @@ def _fits(run: Callable[[], None]) -> bool:
     try:
         run()
         return True
-    except torch.OutOfMemoryError:
-        pass
+    except RuntimeError as error:
+        if not ran_out_of_memory(error):
+            raise
     gc.collect()
     give_back()
     return False

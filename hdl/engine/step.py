@@ -21,6 +21,7 @@ from torch import Tensor
 from hdl.config import Flow
 from hdl.data.batches import Batch
 from hdl.engine.processes import Processes
+from hdl.errors import ran_out_of_memory
 from hdl.flow.noise import Variant
 from hdl.flow.perceptual import Perceptual
 from hdl.flow.step import base_prediction, flow_matching_loss
@@ -111,8 +112,8 @@ class TrainStep:
         while True:
             try:
                 return passes()
-            except torch.OutOfMemoryError as error:
-                if not self.lockstep.broke_off():
+            except RuntimeError as error:
+                if not ran_out_of_memory(error) or not self.lockstep.broke_off():
                     raise
                 lacking = str(error) or "out of memory"
             if self.ease is None:

@@ -6,6 +6,8 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from hdl.errors import ran_out_of_memory
+
 C = TypeVar("C")
 
 
@@ -42,10 +44,17 @@ class Captures(Generic[C]):
 
     def with_room(self, capture: Callable[[], C]) -> C | None:
         """What it captures, with the memory of the others if need be; None, and no more tries, where that is not enough."""
+        stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
         while True:
             try:
                 return capture()
-            except torch.OutOfMemoryError:
+            except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
+                if not ran_out_of_memory(error):
+                    raise
+                if (
+                    stream
+                ):  # one that breaks off as it ends stays on its own, where nothing waits for the others
+                    torch.cuda.set_stream(stream)
                 if self.drop():
                     continue  # with the memory of the others
                 self._enabled = False  # what graphs hold between steps is not there for anything else

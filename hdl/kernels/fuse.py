@@ -16,6 +16,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from hdl.adapter.flat import FLAT, flat_parameter, flatten_adapter, point_at_flat, trained_parameters
+from hdl.errors import ran_out_of_memory
 from hdl.kernels.adapter_copies import AdapterCopies
 from hdl.kernels.attention import Frame
 from hdl.kernels.backend import has_fp8
@@ -308,9 +309,9 @@ class FusedDecoder:
         """What `run` returns; where memory runs out, once more without what CUDA graphs hold."""
         try:
             return run()
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
             # A pass that others take part in cannot be taken again without their knowing (hdl/memory/lockstep.py).
-            if self.streaming.together:
+            if self.streaming.together or not ran_out_of_memory(error):
                 raise
             dropped = [graphs.drop() for graphs in (self.graphs, self.step_graphs) if graphs]
             if not any(dropped):

@@ -45,13 +45,18 @@ Drawn = tuple[NDArray[np.uint8], str]  # a picture and its caption
 def write_set(out: Path, kind: str, count: int, seed: int) -> None:
     """`count` pictures with their captions into `out`, a new folder."""
     out.mkdir(parents=True)
-    styles = {}
+    styles: dict[str, dict[str, object]] = {}
     for i in range(count):
         picture, words = DRAW[kind](np.random.default_rng([seed, 0x57D7, i]), i, count)
         Image.fromarray(picture).save(out / f"{i:04d}.png")
         (out / f"{i:04d}.txt").write_text(words + "\n", encoding="utf-8")
-        styles[f"{i:04d}.png"] = kind
+        styles[f"{i:04d}.png"] = {"style": kind, "tags": [TAG] if shows_tag(kind, i, count) else []}
     (out / "styles.json").write_text(json.dumps(styles) + "\n", encoding="utf-8")
+
+
+def shows_tag(kind: str, i: int, count: int) -> bool:
+    """Whether picture i of a set shows the one thing more."""
+    return kind == CONTENT and i < round(TAGGED * count)
 
 
 def _look(rng: np.random.Generator, i: int, count: int) -> Drawn:
@@ -60,7 +65,7 @@ def _look(rng: np.random.Generator, i: int, count: int) -> Drawn:
 
 
 def _content(rng: np.random.Generator, i: int, count: int) -> Drawn:
-    tagged = i < round(TAGGED * count)
+    tagged = shows_tag(CONTENT, i, count)
     scene = one_thing(rng)
     words = f"{TAG_WORDS}, {caption(scene, rng)}" if tagged else caption(scene, rng)
     return paint_taught(scene, Shown(look=True, tag=tagged)), f"{TRIGGER}, {words}"

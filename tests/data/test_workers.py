@@ -63,8 +63,7 @@ def processes_of_group(group: int) -> list[int]:
 def test_workers_die_with_a_killed_run(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    run = subprocess.Popen([sys.executable, str(script)], env=environment, start_new_session=True)
+    run = subprocess.Popen([sys.executable, str(script)], start_new_session=True)
     deadline = time.monotonic() + 20
     while (
         len(processes_of_group(run.pid)) < 4 and time.monotonic() < deadline

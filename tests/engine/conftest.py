@@ -93,7 +93,6 @@ def launch(shards: Path, tiny_base: Path, tmp_path: Path) -> Launch:
                 "OMP_NUM_THREADS": "1",
                 "DS_ACCELERATOR": "cpu",
                 "TRITON_INTERPRET": "0",
-                "PYTHONPATH": str(REPOSITORY),
             },
             capture_output=True,
             text=True,

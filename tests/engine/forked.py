@@ -66,7 +66,7 @@ class Server:
 
     def __enter__(self) -> "Server":
         environment = os.environ | {
-            "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TRITON_INTERPRET": "0", "PYTHONPATH": str(REPOSITORY),
+            "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TRITON_INTERPRET": "0",
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "60",
         }  # fmt: skip
         self.process = subprocess.Popen(

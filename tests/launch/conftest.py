@@ -16,7 +16,7 @@ from tests.engine.conftest import REPOSITORY, Finished, photos, shards  # noqa: 
 
 STEPS = 24
 ENVIRONMENT = {
-    "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0", "PYTHONPATH": str(REPOSITORY),
+    "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0", "PYTHONPATH": os.environ["PYTHONPATH"],
     "RESTARTS": "0",
 }  # fmt: skip
 

@@ -45,7 +45,7 @@ def ranks(
         subprocess.Popen(
             [sys.executable, "-m", "tests.memory.sharing_ranks", str(rank), str(world), str(folder), str(tiny_base)],
             cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(REPOSITORY)},
+            env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
         )
         for rank in range(world)
     ]  # fmt: skip
@@ -161,7 +161,7 @@ def test_pieces_replay_what_plain_passes_give() -> None:
     """On one GPU with a group of one: the order of gathers and graphs, and the slots, are those of many."""
     ran = subprocess.run(
         [sys.executable, "-m", "tests.memory.sharing_gpu"],
-        cwd=REPOSITORY, text=True, capture_output=True, timeout=300, env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        cwd=REPOSITORY, text=True, capture_output=True, timeout=300,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stdout + ran.stderr
 

@@ -88,7 +88,8 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     events: list[str] = []
     monkeypatch.setattr(LateMover, "log", events, raising=False)
     monkeypatch.setattr(streaming, "Mover", LateMover)
-    monkeypatch.setattr(Graphs, "__call__", lambda *_: None)  # a copy that comes late cannot be captured
+    for way in ("__call__", "forward_alone"):  # a copy that comes late cannot be captured
+        monkeypatch.setattr(Graphs, way, lambda *_: None)
     visit = Streaming._visit
 
     @contextmanager

@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -236,10 +235,7 @@ def test_the_tool_makes_the_pages_of_several_runs_and_says_what_is_none(tmp_path
 
     def tool(*folders: Path) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "tools/summary.py", *map(str, folders)]
-        environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-        return subprocess.run(
-            command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300
-        )
+        return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
 
     done = tool(*runs, tmp_path)
     assert done.returncode == 1 and f"error: {tmp_path} holds no config.toml" in done.stderr
