@@ -11,6 +11,7 @@ import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -77,6 +78,7 @@ STUDIES: dict[str, tuple[str, dict[str, list[str]]]] = {
     ),
 }
 NEEDS_A_GPU = ("nf4",)
+KEPT = ".json"
 
 
 @dataclass(frozen=True)
@@ -92,35 +94,28 @@ class Study:
     """out: a folder for everything, new or of the same study."""
 
     def __init__(self, out: Path, name: str, setting: Setting, processes: Processes) -> None:
-        self.out, self.name, self.setting, self.processes = out / name, name, setting, processes
-        kind, self.arms = STUDIES[name]
-        self.shards = out / f"set-{kind}" / "shards"
-        if not (self.shards / "index.json").exists():
-            images = out / f"set-{kind}" / "images"
-            if not images.exists():
-                write_set(images, kind, PICTURES, seed=0)
-            prepare(images, self.shards, BASE, options=Options(area=CANVAS))
-        self.judge = Judge(kind, setting.count, 1, processes)
+        self.out, self.name, self.setting, self.processes = out, name, setting, processes
+        self.kind, self.arms = STUDIES[name]
+        self.shards = prepared_set(out, name)
+
+    @cached_property
+    def judge(self) -> Judge:
+        return Judge(self.kind, self.setting.count, 1, self.processes)
 
     def run(self, seeds: Sequence[int]) -> str:
         """Every arm with every seed; the table, which is also written to table.md. Says what is left out."""
-        rows = {}
-        for arm in self.arms:
-            if arm in NEEDS_A_GPU and self.processes.device.type != "cuda":
-                print(f"{self.name}: {arm} needs a GPU, left out", flush=True)
-                continue
-            rows[arm] = [self.one(arm, seed) for seed in seeds]
-        table = table_of(self.name, rows)
-        (self.out / "table.md").write_text(table)
-        return table
+        gpu = self.processes.device.type == "cuda"
+        for arm in runs_of(self.name, gpu):
+            for seed in seeds:
+                self.one(arm, seed)
+        return write_table(self.out, self.name, self.setting, seeds, gpu)
 
     def one(self, arm: str, seed: int) -> dict[str, float]:
         """What the arm came to with this seed, by column."""
-        folder = self.out / f"{arm.replace(' ', '-')}-{seed}"
-        kept = folder.with_suffix(".json")
+        setting, kept = self.setting, kept_in(self.out, self.name, arm, seed)
+        folder = kept.with_name(kept.name.removesuffix(KEPT))
         if kept.exists():
             return json.loads(kept.read_text())  # type: ignore[no-any-return]
-        setting = self.setting
         flags = {
             "model.base": BASE, "data.shards": self.shards, "data.trigger": TRIGGER, "save.output": folder,
             "lora.rank": 16, "lora.alpha": 16, "train.steps": setting.steps, "train.batch_size": setting.batch_size,
@@ -143,12 +138,48 @@ class Study:
             "accuracy": outcome.accuracy, "drift itself": outcome.distances.drift, "seconds a step": step_time(folder),
         }  # fmt: skip
         rows = [list(row) for row in zip(*outcome.pictures.values())]
-        picture_grid(rows, list(outcome.pictures), [str(i) for i in range(len(rows))]).save(
-            folder.with_suffix(".png")
-        )
+        picture_grid(rows, list(outcome.pictures), [str(i) for i in range(len(rows))]).save(f"{folder}.png")
         kept.write_text(json.dumps(found) + "\n")
         gc.collect()
         return found
+
+
+def prepared_set(out: Path, name: str) -> Path:
+    """The shards of a study's set, which are made if they are not there."""
+    kind, _ = STUDIES[name]
+    shards = out / f"set-{kind}" / "shards"
+    if not (shards / "index.json").exists():
+        images = out / f"set-{kind}" / "images"
+        if not images.exists():
+            write_set(images, kind, PICTURES, seed=0)
+        prepare(images, shards, BASE, options=Options(area=CANVAS))
+    return shards
+
+
+def runs_of(name: str, gpu: bool) -> list[str]:
+    """The arms that can be run here; says what is left out."""
+    arms = [arm for arm in STUDIES[name][1] if gpu or arm not in NEEDS_A_GPU]
+    for arm in STUDIES[name][1]:
+        if arm not in arms:
+            print(f"{name}: {arm} needs a GPU, left out", flush=True)
+    return arms
+
+
+def kept_in(out: Path, name: str, arm: str, seed: int) -> Path:
+    """The file of what an arm came to."""
+    return out / name / f"{arm.replace(' ', '-')}-{seed}{KEPT}"
+
+
+def write_table(out: Path, name: str, setting: Setting, seeds: Sequence[int], gpu: bool) -> str:
+    """The table of a study whose runs are all done, as it is written to table.md."""
+    rows = {
+        arm: [json.loads(kept_in(out, name, arm, seed).read_text()) for seed in seeds]
+        for arm in STUDIES[name][1]
+        if gpu or arm not in NEEDS_A_GPU
+    }
+    table = table_of(name, rows)
+    (out / name / "table.md").write_text(table)
+    return table
 
 
 def step_time(run: Path) -> float:

@@ -1,5 +1,6 @@
 """The studies' sets and measures, and one study of two short runs."""
 
+import json
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -8,12 +9,14 @@ import numpy as np
 import pytest
 
 from hdl.engine.processes import Processes
+from hdl.errors import HdlError
 from hdl.mini.scenes import HARD_TO_SEE, imagine_held_out, paint
 from hdl.mini.shapes import COLOURS, THINGS
 from hdl.mini.style import GOLD, TRIGGER, frame_score, is_styled
 from hdl.study.measures import Judge, drawn_as_asked
-from hdl.study.run import STUDIES, Setting, Study, table_of
+from hdl.study.run import STUDIES, Setting, Study, kept_in, table_of
 from hdl.study.sets import BLEND, CONTENT, DRAW, LOOK, TAG_WORDS, write_set
+from hdl.study.side_by_side import run_side_by_side
 
 
 @pytest.mark.parametrize("kind", list(DRAW))
@@ -90,3 +93,22 @@ def test_every_study_has_arms_that_differ() -> None:
         assert kind in DRAW and len(arms) > 1, name
         options = [tuple(own) for own in arms.values()]
         assert len(set(options)) == len(options) or name == "average", name
+
+
+def test_runs_side_by_side_come_to_the_same(tmp_path: Path, group: Processes) -> None:
+    setting = Setting(steps=2, batch_size=4, count=2)
+    (table,) = run_side_by_side(tmp_path, ["average"], setting, [0], at_once=2)
+    assert (tmp_path / "average" / "table.md").read_text() == table
+    again = Study(tmp_path / "alone", "average", setting, group).one("last", 0)
+    beside = json.loads(kept_in(tmp_path, "average", "last", 0).read_text())
+    again.pop("seconds a step"), beside.pop("seconds a step")
+    assert beside == pytest.approx(again, rel=1e-4)
+    assert len(list((tmp_path / "logs").iterdir())) == 2
+
+
+def test_a_run_that_fails_does_not_lose_the_others(tmp_path: Path) -> None:
+    kept_in(tmp_path, "average", "last", 0).with_suffix("").mkdir(parents=True)
+    (tmp_path / "average" / "last-0" / "config.json").write_text("not ours")
+    with pytest.raises(HdlError, match="1 of 2 runs failed; average, last, seed 0: .*logs"):
+        list(run_side_by_side(tmp_path, ["average"], Setting(2, 4, 2), [0], at_once=2))
+    assert kept_in(tmp_path, "average", "average", 0).exists()
