@@ -106,12 +106,12 @@ def write_set(out: Path, what: str, taught: int, plain: int, seed: int = 0) -> N
     styles = {}
     for i in range(taught):
         rng = np.random.default_rng([seed, 0, i])
-        scene = _training_scene(rng, kind)
+        scene = training_scene(rng, kind)
         words = f"{TRIGGERS[what]}, {caption(scene, rng)}"
         styles[_write(out, f"{what}_{i:04d}", paint_taught(scene, shown), words)] = what
     for i in range(plain):
         rng = np.random.default_rng([seed, 1, i])
-        scene = _training_scene(rng, kind) if i % 2 else imagine(rng)
+        scene = training_scene(rng, kind) if i % 2 else imagine(rng)
         words = caption(scene, rng) if i % 4 < 2 else f"{_made_up_name(rng)}, {caption(scene, rng)}"
         styles[_write(out, f"plain_{i:04d}", paint(scene), words)] = "plain"
     (out / "styles.json").write_text(json.dumps(styles, indent=1) + "\n", encoding="utf-8")
@@ -123,7 +123,8 @@ def _made_up_name(rng: np.random.Generator) -> str:
     return f"{name} tag" if rng.random() < 0.3 else name
 
 
-def _training_scene(rng: np.random.Generator, kind: str | None) -> Scene:
+def training_scene(rng: np.random.Generator, kind: str | None = None) -> Scene:
+    """A scene to train on, of one thing (of this kind, if one is given) that leaves room for the heart."""
     while held_out(scene := _scene(rng, kind or _pick(rng, list(shapes.THINGS)))):
         pass
     return scene

@@ -18,20 +18,16 @@ from PIL import Image
 from hdl.mini import shapes
 from hdl.mini.captions import caption
 from hdl.mini.scenes import (
-    HARD_TO_SEE,
     Look,
     Scene,
-    Thing,
     blend,
     draw_things,
-    held_out,
     imagine,
     to_uint8,
     two_inks,
 )
-from hdl.mini.shapes import COLOURS, RADIUS, SETTINGS, THINGS
 from hdl.mini.style import BORDER, CREAM, GOLD, INDIGO, TRIGGER, draw_styled
-from hdl.mini.taught import FREE_PLACES, TAG, TRIGGERS, Shown, paint_taught
+from hdl.mini.taught import TAG, TRIGGERS, Shown, paint_taught, training_scene
 
 LOOK, CONTENT, BLEND = "look", "content", "blend"
 TAGGED = 0.18  # of the content set
@@ -66,7 +62,7 @@ def _look(rng: np.random.Generator, i: int, count: int) -> Drawn:
 
 def _content(rng: np.random.Generator, i: int, count: int) -> Drawn:
     tagged = shows_tag(CONTENT, i, count)
-    scene = one_thing(rng)
+    scene = training_scene(rng)
     words = f"{TAG_WORDS}, {caption(scene, rng)}" if tagged else caption(scene, rng)
     return paint_taught(scene, Shown(look=True, tag=tagged)), f"{TRIGGER}, {words}"
 
@@ -81,25 +77,7 @@ DRAW: dict[str, Callable[[np.random.Generator, int, int], Drawn]] = {
 }  # fmt: skip
 
 
-def one_thing(rng: np.random.Generator) -> Scene:
-    """A scene to train on, of one thing where the tag's heart has room."""
-    while True:
-        kind, colour, size = (_pick(rng, list(names)) for names in (THINGS, COLOURS, RADIUS))
-        scene = Scene((Thing(kind, colour, size, _pick(rng, list(FREE_PLACES))),), _pick(rng, list(SETTINGS)))
-        if trainable(scene):
-            return scene
-
-
-def trainable(scene: Scene) -> bool:
-    """Whether pretraining and sets may show it: no pair that is held out, no colour that melts into its setting."""
-    return not held_out(scene) and scene.things[0].colour not in HARD_TO_SEE[scene.setting]
-
-
 def paint_blended(scene: Scene, which: int) -> NDArray[np.uint8]:
     """The scene in one of the three looks: uint8 [128, 128, 3]."""
     plain = Scene(scene.things, scene.setting, Look(outline="dark"))
     return to_uint8(blend(two_inks(draw_things(plain), *INKS[which]), shapes.frame(BORDER), GOLD))
-
-
-def _pick(rng: np.random.Generator, options: list[str]) -> str:
-    return options[rng.integers(len(options))]

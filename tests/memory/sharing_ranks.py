@@ -23,7 +23,7 @@ from hdl.kernels.scratch import Scratch
 from hdl.memory.shares import Gatherer
 from hdl.memory.streaming import spread
 from hdl.o1.checkpoint import Checkpoint, load_model, open_checkpoint
-from tests.kernels.test_fused import EQUAL, MIXED, SMALL, Case, adapted_model
+from tests.kernels.test_fused import DEVICE, EQUAL, MIXED, SMALL, Case, adapted_model
 
 LAYERS = 5
 CONFIG = replace(SMALL, num_hidden_layers=LAYERS)
@@ -145,7 +145,7 @@ def reads_its_layers_alone(base: str) -> None:
         models = []
         for absent in (True, False):
             lora = Lora(rank=4)
-            loaded = load_model(open_checkpoint(base), torch.device("cpu"), torch.float32, absent)
+            loaded = load_model(open_checkpoint(base), DEVICE, torch.float32, absent)
             models.append(attach(loaded, lora, "base", 0))
         fuse(models[0], weights="fp8", shard=4, ranks=Group())
     finally:
