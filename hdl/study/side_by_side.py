@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import ExitStack
 from functools import cache
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 
 import torch
 
@@ -66,6 +67,15 @@ def _begin(logs: Path, threads: int) -> None:
     for name in DESCRIBED:
         os.environ.pop(name, None)  # each is alone, whatever started this
     torch.set_num_threads(threads)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """The pool's processes would wait for more to do for ever."""
+    parent = parent_process()
+    assert parent
+    parent.join()
+    os._exit(1)
 
 
 def _one(out: Path, name: str, setting: Setting, arm: str, seed: int) -> None:
