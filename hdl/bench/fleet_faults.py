@@ -21,7 +21,7 @@ import tomli_w
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hdl.bench.fleet_rows import EQUAL, ROOT, base_flags, shards_of
-from hdl.bench.part import Part
+from hdl.bench.part import Part, rank_of
 from hdl.errors import command_line
 
 # A save waits for the one before: the first checkpoint is whole before step 2 * EVERY is over, and steps are left to be
@@ -97,7 +97,7 @@ class Faults:
             saved = self.run / "checkpoints" / f"step-{EVERY:06d}"
             if not part.wait(self.until, saved.exists):
                 return Outcome(what, f"no checkpoint after step {EVERY} when the time was over")
-            process = part.rank(victim)
+            process = rank_of(part.mark, victim)
             if process is None or part.status is not None:
                 return Outcome(what, f"the run ended before it could be killed: {part.said()}")
             os.kill(process, signal.SIGKILL)

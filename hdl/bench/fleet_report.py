@@ -135,7 +135,10 @@ def write_report(out: Path, gpus: int, seconds: float, notes: list[str]) -> str:
     results = {}
     for row in all_rows(gpus):
         file = out / "rows" / f"{row.name}.json"
-        results[row] = Result(row, json.loads(file.read_text()) if file.exists() else None)
+        data = json.loads(file.read_text()) if file.exists() else None
+        if data is None and file.with_suffix(".begun").exists():
+            data = {"error": "was not through when its time was over"}
+        results[row] = Result(row, data)
     fleet = Fleet(gpus, results)
     faults = json.loads((out / "faults.json").read_text()) if (out / "faults.json").exists() else []
     table = as_markdown(fleet, faults, seconds, notes)

@@ -62,7 +62,7 @@ class Row:
 
 
 def rows_of_all(gpus: int) -> list[Row]:
-    """On all GPUs of the machine."""
+    """On all GPUs of the machine. DeepSpeed's ZeRO-3 comes last: it keeps its model for as long as the process lasts."""
     both = [(strategy, weights) for weights in (FULL, FP8) for strategy in (ZERO2, SHARDED)]
     return [
         *(Row(gpus, *pair, data) for data in (EQUAL, MIXED) for pair in both),
@@ -131,4 +131,9 @@ def arguments(row: Row, out: Path, tiny: bool) -> list[str]:
 
 
 def words_of(flags: dict[str, object]) -> list[str]:
-    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    """As a command line has them; what is True is a flag alone."""
+    return [
+        word
+        for name, value in flags.items()
+        for word in ([f"--{name}"] if value is True else [f"--{name}", str(value)])
+    ]

@@ -97,6 +97,8 @@ def go(out: Path, rows: list[Row], processes: Processes, until: float, tiny: boo
         if processes.is_main:
             write(folder, row, found | {"wall": time.time() - begun})
             shutil.rmtree(run_of(out, row) / "checkpoints", ignore_errors=True)  # a GB each
+        if "error" in found and leftover() > GIB:
+            return 1  # a run that was broken off is kept by DeepSpeed's hooks
     return 0
 
 
@@ -145,11 +147,10 @@ def note(out: Path, row: Row, processes: Processes, error: Exception) -> None:
 def measure(out: Path, row: Row, processes: Processes, tiny: bool) -> dict[str, Any]:
     from hdl.engine.loop import train
 
-    let_go()
+    left = leftover()
     on_gpu = processes.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    left = torch.cuda.memory_allocated() if on_gpu else 0
     status = train(load_run(arguments(row, out, tiny)), processes)
     if status:
         sys.exit(status)  # asked to stop
@@ -169,12 +170,14 @@ def measure(out: Path, row: Row, processes: Processes, tiny: bool) -> dict[str, 
     return found
 
 
-def let_go() -> None:
-    """Free what the run before has left, and the allocator of the bounds that it set."""
+def leftover() -> int:
+    """Bytes that stay on the GPU when the run before is let go, and the bounds that it set to the allocator with it."""
     last_duties.clear()  # they hold its engine, and have been done
     give_back()
-    if torch.cuda.is_available():
-        torch.cuda.set_per_process_memory_fraction(1.0)
+    if not torch.cuda.is_available():
+        return 0
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    return torch.cuda.memory_allocated()
 
 
 def curves_of(run: Path) -> dict[str, list[float]]:

@@ -46,20 +46,10 @@ class Part:
         """How it ended; None while it runs."""
         return self._process.poll()
 
-    def processes(self) -> list[int]:
-        """All that belong to it and are alive, and of parts of it."""
-        found = []
-        for folder in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):
-                mark = variables(folder).get(MARK, "")
-                if f"{mark}/".startswith(f"{self.mark}/"):
-                    found.append(int(folder.name))
-        return found
-
     def end(self) -> None:
         """Kill what is left of it."""
         until = time.time() + LONGEST
-        while (left := self.processes()) and time.time() < until:
+        while (left := processes_of(self.mark)) and time.time() < until:
             for pid in left:
                 with suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
@@ -67,22 +57,34 @@ class Part:
             time.sleep(PAUSE)
         self._process.wait()
 
-    def rank(self, rank: int) -> int | None:
-        """The id of the Python process that torchrun started as this rank of its machine, if it is there yet."""
-        for pid in self.processes():
-            with suppress(OSError):
-                program = Path(os.readlink(f"/proc/{pid}/exe")).name
-                if program.startswith("python") and variables(Path(f"/proc/{pid}")).get("LOCAL_RANK") == str(
-                    rank
-                ):
-                    return pid
-        return None
-
     def said(self) -> str:
         """What went wrong, as its log has it: its last error, or else its last line."""
         lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("error: ")]
         return (errors or lines or ["nothing was said"])[-1].removeprefix("error: ")
+
+
+def processes_of(mark: str) -> list[int]:
+    """All that are alive and belong to the part with this mark, or to parts of it."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if f"{variables(folder).get(MARK, '')}/".startswith(f"{mark}/"):
+                found.append(int(folder.name))
+    return sorted(found)
+
+
+def rank_of(mark: str, rank: int) -> int | None:
+    """The id of the part's Python process that torchrun started as this rank of the machine; None: it is not there."""
+    for pid in processes_of(mark):
+        with suppress(OSError):
+            program = Path(os.readlink(f"/proc/{pid}/exe")).name
+            if (
+                program.startswith("python")
+                and variables(Path(f"/proc/{pid}")).get("LOCAL_RANK") == f"{rank}"
+            ):
+                return pid
+    return None
 
 
 def variables(process: Path) -> dict[str, str]:
