@@ -216,7 +216,9 @@ def _train(run: Run, processes: Processes, signals: Signals, watch: Watch) -> in
         perceptual=perceptual,
     )  # fmt: skip
     try:
-        return loop.go()
+        status = loop.go()
+        engine.destroy()  # its hooks would keep the model in memory, for as long as the process lasts
+        return status
     finally:
         prepared.folder.release()
 
