@@ -48,7 +48,6 @@ from hdl.memory.plan import B16, GIB, GPUS, Gpu, Work, need
 from hdl.o1.checkpoint import TOKEN_TABLE, expected_shapes
 from hdl.o1.config import read_config
 
-FIRST = 30.0  # seconds that a row is expected to take, as long as none has been measured
 CURVES = {"loss": "losses", "speed/seconds_per_step": "seconds", "speed/images_per_second": "images",
           "speed/tokens_per_second": "tokens"}  # fmt: skip
 
@@ -110,7 +109,7 @@ def what_to_do(folder: Path, row: Row, rows: list[Row], until: float) -> str:
         write(folder, row, {"error": "; ".join(dict.fromkeys(said)) or "the processes were ended"})
         return "pass over"
     known = [json.loads(path.read_text()) for r in rows if (path := folder / f"{r.name}.json").exists()]
-    expected = max((of["wall"] for of in known if "wall" in of), default=FIRST)
+    expected = max((of["wall"] for of in known if "wall" in of), default=0.0)
     return "measure" if time.time() + expected < until else "stop"
 
 

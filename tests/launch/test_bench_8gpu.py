@@ -24,7 +24,7 @@ from hdl.bench.fleet_rows import (
 )
 from hdl.bench.part import rank_of
 from tests.engine.conftest import REPOSITORY
-from tests.launch.conftest import clean
+from tests.launch.conftest import ENVIRONMENT, clean
 
 pytestmark = pytest.mark.job
 BROKEN = Row(2, SHARDED, FP8, MIXED)
@@ -33,7 +33,7 @@ BROKEN = Row(2, SHARDED, FP8, MIXED)
 def script(out: Path, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [REPOSITORY / "launch" / "bench_8gpu.sh", out, "--tiny", "--deadline", "560"],
-        env=clean(os.environ) | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=clean(os.environ) | ENVIRONMENT | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
 
@@ -41,14 +41,17 @@ def test_the_table_of_two_processes(tmp_path: Path) -> None:
     """A rank of the row BROKEN is killed: it alone is lost."""
     out = tmp_path / "out"
     with script(out, PROCESSES="2") as run:
-        until = time.monotonic() + 400
-        while not (out / "rows" / f"{BROKEN.name}.begun").exists():
-            assert run.poll() is None and time.monotonic() < until
-            time.sleep(0.05)
-        victim = rank_of(f"{run.pid}/all", 1)
-        assert victim
-        os.kill(victim, signal.SIGKILL)
-        printed, _ = run.communicate(timeout=500)
+        try:
+            until = time.monotonic() + 300
+            while not (out / "rows" / f"{BROKEN.name}.begun").exists():
+                assert run.poll() is None and time.monotonic() < until
+                time.sleep(0.05)
+            victim = rank_of(f"{run.pid}/all", 1)
+            assert victim
+            os.kill(victim, signal.SIGKILL)
+            printed, _ = run.communicate(timeout=500)
+        finally:
+            run.terminate()
     assert run.returncode == 0, printed
     table = (out / "table.md").read_text()
     assert table in printed
