@@ -122,7 +122,10 @@ class FullState:
                 dist.all_gather_into_tensor(everyone, piece, group=self.engine.optimizer.dp_process_group)
                 piece = everyone.view(self.world, -1)
             if held is not None:
-                held[:, start : start + length].copy_(piece.view(self.world, -1), non_blocking=True)
+                # Rank by rank: what is not one run of bytes PyTorch copies by way of memory that is not page-locked,
+                # and waits for it.
+                for theirs, row in zip(held, piece.view(self.world, -1)):
+                    theirs[start : start + length].copy_(row, non_blocking=True)
 
 
 def places(engine: DeepSpeedEngine) -> dict[str, Place]:
