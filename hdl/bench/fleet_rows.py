@@ -18,6 +18,7 @@ EQUAL, MIXED = "1024x4", "mixed"
 FULL, FP8, PLANNED = "full", "fp8", "planned"  # planned: what the preset's plan chooses
 IMAGES = 4  # of a GPU's step; of a mixed one on average
 STEPS, FEW = 12, 6
+MANY = 30  # of mixed data, whose first steps capture graphs and race products, on one rank or another
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Row:
 
     @property
     def steps(self) -> int:
-        return FEW if self.strategy == ZERO3 else STEPS
+        return FEW if self.strategy == ZERO3 else MANY if self.data == MIXED else STEPS
 
 
 def rows_of_all(gpus: int) -> list[Row]:

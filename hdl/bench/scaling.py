@@ -30,14 +30,12 @@ from hdl.memory.plan import (
 )
 from hdl.o1.config import O1Config
 
-# Assumptions, none of them measured here but the waiting; see docs/scaling.md.
+# Fitted to steps of one, two and four H100s, or assumed; see docs/scaling.md.
 NVLINK = 250.0  # GB/s that a ring carries for each GPU between those of one machine (H100: 450 one way in hardware)
 WIRE = 0.85  # of a network's rate that arrives
 LATENCY = 0.03  # ms of a collective within a machine, and of each step of a ring between machines
-SLOWED = 0.12  # of a layer's speed, while a gather runs beside it: NCCL's 16 blocks on 132 multiprocessors
-WAITING = (
-    4.7  # ms of two ranks for each other, so that 14.08 images/s of one GPU become the 27.6 measured of two
-)
+SLOWED = 0.16  # of a layer's speed, while a gather runs beside it: NCCL's 16 blocks on 132 multiprocessors, and memory
+WAITING = 5.4  # ms of two ranks for each other
 
 
 @dataclass(frozen=True)

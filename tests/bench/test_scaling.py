@@ -18,6 +18,12 @@ H100 = GPUS["h100"]
 LOOP = Work.of([Segment(226, 32, 32)] * 4)
 # Weights, GPUs, images a second: two H100 of one host, 2026-11-25.
 MEASURED = [("full", 1, 14.08), ("full", 2, 27.6), ("fp8", 2, 39.8)]
+# launch/bench_8gpu.sh's; and of weights, GPUs, layers that are shared out, ms a step: four H100 of one host, 2026-11-26.
+BENCH = Work.of_images(1024, 1024, 4, 160)
+STEPS = [
+    ("full", 1, 0, 269.8), ("full", 2, 0, 279.6), ("full", 4, 0, 280.3), ("full", 2, 36, 309.5), ("full", 4, 36, 315.1),
+    ("fp8", 1, 0, 187.1), ("fp8", 2, 0, 190.9), ("fp8", 4, 0, 193.0), ("fp8", 2, 36, 216.0), ("fp8", 4, 36, 218.8),
+]  # fmt: skip
 
 
 def strategy(weights: str, cluster: Cluster, shard: int = 0) -> Strategy:
@@ -30,6 +36,13 @@ def test_agrees_with_one_and_two_gpus(weights: str, gpus: int, images: float) ->
     best, worst = step(REAL, 32, LOOP, strategy(weights, cluster), cluster, H100).ms
     assert best == worst  # waiting is that of two
     assert gpus * 4e3 / best == pytest.approx(images, rel=0.05)
+
+
+@pytest.mark.parametrize(("weights", "gpus", "shard", "measured"), STEPS)
+def test_agrees_with_steps_of_up_to_four_gpus(weights: str, gpus: int, shard: int, measured: float) -> None:
+    cluster = Cluster(gpus)
+    best, worst = step(REAL, 32, BENCH, strategy(weights, cluster, shard), cluster, H100).ms
+    assert 0.965 * measured < worst and best < 1.035 * measured
 
 
 def test_a_gather_shows_as_far_as_it_takes_longer_than_a_layer() -> None:
