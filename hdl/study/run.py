@@ -23,6 +23,7 @@ from hdl.engine.processes import Processes
 from hdl.errors import HdlError
 from hdl.mini.shapes import CANVAS
 from hdl.mini.style import TRIGGER
+from hdl.mini.taught import TAG
 from hdl.sample.grid import picture_grid
 from hdl.study.measures import BASE, Judge
 from hdl.study.sets import BLEND, CONTENT, LOOK, TAG_WORDS, write_set
@@ -30,6 +31,8 @@ from hdl.study.sets import BLEND, CONTENT, LOOK, TAG_WORDS, write_set
 PICTURES = 191
 CONTROL, DEFAULT = "control", "default"
 NOTHING = ["--preserve.share", "0"]
+NAMED = ["--data.phrases", json.dumps([TAG_WORDS])]
+OFTEN = ["--data.tags", json.dumps({TAG: 3})]
 
 # By study: its set, and arms in the order of the table, each with the options it has besides.
 STUDIES: dict[str, tuple[str, dict[str, list[str]]]] = {
@@ -38,8 +41,10 @@ STUDIES: dict[str, tuple[str, dict[str, list[str]]]] = {
         CONTENT,
         {
             CONTROL: NOTHING,
-            DEFAULT: ["--data.phrases", json.dumps([TAG_WORDS])],
-            "weight 4": ["--data.phrases", json.dumps([TAG_WORDS]), "--preserve.weight", "4"],
+            DEFAULT: NAMED,
+            "weight 4": [*NAMED, "--preserve.weight", "4"],
+            "1200 steps": [*NAMED, "--train.steps", "1200"],
+            "3x, weight 4, 800 steps": [*NAMED, *OFTEN, "--preserve.weight", "4", "--train.steps", "800"],
             "phrase not named": [],
         },
     ),
@@ -167,7 +172,7 @@ def runs_of(name: str, gpu: bool) -> list[str]:
 
 def kept_in(out: Path, name: str, arm: str, seed: int) -> Path:
     """The file of what an arm came to."""
-    return out / name / f"{arm.replace(' ', '-')}-{seed}{KEPT}"
+    return out / name / f"{arm.replace(',', '').replace(' ', '-')}-{seed}{KEPT}"
 
 
 def write_table(out: Path, name: str, setting: Setting, seeds: Sequence[int], gpu: bool) -> str:
