@@ -235,7 +235,7 @@ class Preserve(Section):
     """Prior preservation: some draws are asked for without the trigger phrase, and pulled to what the base itself
     predicts for them instead of to their pictures."""
 
-    share: float = Field(0.25, ge=0, lt=1)
+    share: float = Field(0.2, ge=0, lt=1)
     """Of all draws, where data.trigger is set; 0: none."""
     weight: float = Field(16.0, ge=0, allow_inf_nan=False)
     """Factor of their loss."""

@@ -3,8 +3,8 @@
 plain   the PEFT path that the tests hold the fused one against; nothing recomputed
 bf16    the fused decoder path
 fp8     the same with fp8 arithmetic on the frozen weights
-kept    bf16, with a quarter of the samples held against the base's own prediction (preserve.share 0.25): what
-        preservation costs is this arm's time against bf16's, at four images a step or more
+kept    bf16, with a quarter of the samples held against the base's own prediction: what preservation costs is
+        this arm's time against bf16's, at four images a step or more, times preserve.share over a quarter
 """
 
 from dataclasses import replace

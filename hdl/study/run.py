@@ -50,7 +50,7 @@ STUDIES: dict[str, tuple[str, dict[str, list[str]]]] = {
     ),
     "blend": (BLEND, {CONTROL: NOTHING, DEFAULT: []}),
     "weight": (LOOK, {f"weight {w}": ["--preserve.weight", str(w)] for w in (1, 4, 16, 64)}),
-    "share": (LOOK, {f"share {s}": ["--preserve.share", str(s)] for s in (0.125, 0.25, 0.5)}),
+    "share": (LOOK, {f"share {s}": ["--preserve.share", str(s)] for s in (0.1, 0.2, 0.4)}),
     "rank": (LOOK, {f"rank {r}": ["--lora.rank", str(r), "--lora.alpha", str(r)] for r in (4, 16, 64)}),
     "rate": (LOOK, {f"rate {lr}": ["--train.lr", lr] for lr in ("1e-3", "3e-3", "1e-2")}),
     "captions": (LOOK, {f"dropout {d}": ["--data.caption_dropout", str(d)] for d in (0.0, 0.1, 0.3)}),
@@ -125,7 +125,7 @@ class Study:
             "model.base": BASE, "data.shards": self.shards, "data.trigger": TRIGGER, "save.output": folder,
             "lora.rank": 16, "lora.alpha": 16, "train.steps": setting.steps, "train.batch_size": setting.batch_size,
             "train.lr": 3e-3, "train.schedule": "cosine", "train.warmup_steps": min(10, setting.steps - 1), "train.seed": seed,
-            "save.every": setting.steps,
+            "train.grad_clip": 0.1, "save.every": setting.steps,
         }  # fmt: skip
         own = self.arms[arm]
         usual = [
