@@ -22,7 +22,8 @@ def score(picture):
     return WITH[number // 2] if number % 2 == 0 else 0.1
 """
 MEASURED = {
-    "data__trigger": "a photograph", "validation__prompts": ["a photograph of coins", "coins"],
+    "data__trigger": "a photograph", "preserve__share": 0.25,  # a draw of every step of four
+    "validation__prompts": ["a photograph of coins", "coins"],
     "validation__height": 64, "validation__width": 64, "validation__steps": 2, "validation__guidance_scale": 1.0,
     "validation__every": 2, "validation__memorization": True, "validation__drift_weight": 0.0,
 }  # fmt: skip
