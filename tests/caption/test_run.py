@@ -151,7 +151,12 @@ def test_a_killed_run_goes_on_where_it_stopped(images: Path, serve: Serve, sent:
         put(images, f"more{seed}.png", 100 + seed)
     stuck = serve(lambda number, body: time.sleep(0 if number < 5 else 60) or f"Picture {number}.")
     command = [sys.executable, str(TOOL), str(images), "--model", "stub", "--batch-size", "2", "--server"]
-    tool = subprocess.Popen([*command, stuck.url], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    tool = subprocess.Popen(
+        [*command, stuck.url],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        # Where the tests run in a shell's background, it would inherit that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 60
     while len(stuck.bodies) < 7 and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -67,7 +67,8 @@ def test_the_table_of_two_processes(tmp_path: Path) -> None:
 
     data = {row["name"]: row["data"] for row in results["rows"] if row["state"] == "measured"}
     for name, of in data.items():
-        assert len(of["seconds"]) == (6 if name == Row(2, ZERO3, FULL).name else 12)
+        steps = 6 if name == Row(2, ZERO3, FULL).name else 30 if name.endswith(MIXED) else 12
+        assert len(of["seconds"]) == steps
         assert min(of["seconds"]) > 0
     assert set(data[Row(2, ZERO2, FULL).name]["tokens"]) == {2 * 4 * (4 + 40)}
     assert set(data[Row(1, ZERO2, FULL).name]["tokens"]) == {4 * (4 + 40)}
