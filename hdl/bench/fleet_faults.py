@@ -7,7 +7,6 @@ starts all of them again, which go on from there to the end. The same run is the
 few steps more. What came of it is in OUT/faults.json, one entry a fault, written as soon as it is known.
 """
 
-import argparse
 import json
 import math
 import os
@@ -20,7 +19,7 @@ from pathlib import Path
 import tomli_w
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hdl.bench.fleet_rows import EQUAL, ROOT, base_flags, shards_of
+from hdl.bench.fleet_rows import EQUAL, ROOT, arguments_of_part, base_flags, shards_of
 from hdl.bench.part import Part, rank_of
 from hdl.errors import command_line
 
@@ -43,14 +42,7 @@ class Outcome:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--of", type=int, required=True, help="GPUs of the machine")
-    parser.add_argument("--until", type=float, required=True, help="when to end: seconds since 1970")
-    parser.add_argument("--tiny", action="store_true")
-    args = parser.parse_args()
+    args = arguments_of_part(__doc__)
     faults = Faults(args.out, args.of, args.until, args.tiny)
     told: list[Outcome] = []
     for fault in (faults.killed, faults.halved):

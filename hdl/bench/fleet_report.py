@@ -20,9 +20,9 @@ SCALING_WANTED, SHARDED_WANTED = 0.96, 0.82
 NOTES = """\
 step ms: the median of the last half of the steps, their fastest and slowest. images/s go with the median, those of mixed
 data and all tokens/s with the sums. GiB: peaks of the allocator, the most that a rank had, loading included; at
-rest: what it has when the last step is over; weights: the frozen ones among it, as hdl/memory/plan.py counts them. of 1 GPU: images/s of each GPU against ZeRO-2 on one
-with such weights; of ZeRO-2: against ZeRO-2 on as many GPUs. predicted ms: hdl/bench/scaling.py, made for H100s; planned GiB:
-hdl/memory/plan.py."""
+rest: what it has when the last step is over; weights: the frozen ones among it, as hdl/memory/plan.py counts them. of
+1 GPU: images/s of each GPU against ZeRO-2 on one with such weights; of ZeRO-2: against ZeRO-2 on as many GPUs. predicted
+ms: hdl/bench/scaling.py, made for H100s; planned GiB: hdl/memory/plan.py."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Every GPU has the same work in all rows of a kind of data, so that images a seco
 No import here takes time: the process that looks after the others reads this file, too.
 """
 
+import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,3 +139,13 @@ def words_of(flags: dict[str, object]) -> list[str]:
         for name, value in flags.items()
         for word in ([f"--{name}"] if value is True else [f"--{name}", str(value)])
     ]
+
+
+def arguments_of_part(doc: str | None) -> argparse.Namespace:
+    """What hdl.bench.fleet tells the parts that measure; doc: what they say of themselves."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--of", type=int, required=True, help="GPUs of the machine")
+    parser.add_argument("--until", type=float, required=True, help="when to end: seconds since 1970")
+    parser.add_argument("--tiny", action="store_true")
+    return parser.parse_args()

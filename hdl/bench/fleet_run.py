@@ -10,7 +10,6 @@ ranks that wait for one another, so that the processes end, and torchrun starts 
 the row was begun and has no result, write down that it failed, and go on with the next.
 """
 
-import argparse
 import json
 import math
 import shutil
@@ -32,6 +31,7 @@ from hdl.bench.fleet_rows import (
     ZERO3,
     Row,
     arguments,
+    arguments_of_part,
     rows_of_all,
     rows_of_part,
     run_of,
@@ -53,14 +53,7 @@ CURVES = {"loss": "losses", "speed/seconds_per_step": "seconds", "speed/images_p
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--of", type=int, required=True, help="GPUs of the machine")
-    parser.add_argument("--until", type=float, required=True, help="when to end: seconds since 1970")
-    parser.add_argument("--tiny", action="store_true")
-    args = parser.parse_args()
+    args = arguments_of_part(__doc__)
     with process_group() as processes:
         import hdl.engine.loop  # noqa: F401  # DeepSpeed takes seconds, in which the data may come to be there
 

@@ -120,8 +120,8 @@ def prepare(run: Run, processes: Processes) -> Prepared:
 def _untriggered(
     run: Run, checkpoint: Checkpoint, mixture: Mixture, encoder: PromptEncoder | None
 ) -> Untriggered | None:
-    """How kept draws are asked for, where there are any. encoder: the base's, if one is there already. HdlError for a trigger that nothing answers to, and prompts
-    that cannot be used."""
+    """How kept draws are asked for, where there are any. encoder: the base's, if one is there already. HdlError for a
+    trigger that nothing answers to, and prompts that cannot be used."""
     trigger, preserve = run.data.trigger, run.preserve
     if trigger is None:
         if preserve.prompts or preserve.regularization:
