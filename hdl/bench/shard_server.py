@@ -58,8 +58,9 @@ class ShardServer(ThreadingHTTPServer):
     """Serves a folder on a free port here. rate: bytes a second over all connections, None for no limit.
 
     asked: file -> requests so far; resumed: those among them that were for the rest of it. ranges: whether that can be
-    had; without, the answer is the whole file. faults may be replaced at any time. key: what a request's X-Key must be, else it is
-    answered with 403; None: anything. `with` runs it in a thread.
+    had; without, the answer is the whole file. faults may be replaced at any time. key: what a request's X-Key must be,
+    else it is answered with 403; None: anything. lingers: seconds before a connection that is to break off does, since
+    a reader that finds it broken never sees what came last. `with` runs it in a thread.
     """
 
     daemon_threads = True
@@ -73,6 +74,7 @@ class ShardServer(ThreadingHTTPServer):
         self.asked: Counter[str] = Counter()
         self.resumed: Counter[str] = Counter()
         self.key: str | None = None
+        self.lingers = 0.0
         self.closing = threading.Event()
         self._lock, self._free = threading.Lock(), 0.0
 
@@ -137,6 +139,8 @@ class Handler(BaseHTTPRequestHandler):
         with open(path, "rb") as file:
             file.seek(first)
             self._send(file.read, stop, damaged_at=int(size * part) if fault == "damage" else None)
+        if fault in ("reset", "truncate"):
+            self.server.closing.wait(self.server.lingers)
         if fault == "stall":
             self.server.closing.wait(60)
         if fault == "reset":

@@ -389,6 +389,7 @@ def large(tmp_path: Path) -> Path:
 
 
 RATE = 20e6  # bytes a second
+LONG_ENOUGH = 0.5  # seconds in which a reader on a busy machine, too, has taken what came
 
 
 @pytest.mark.parametrize("ranges", [True, False], ids=["parts can be had", "whole files only"])
@@ -400,7 +401,7 @@ def test_a_try_goes_on_where_the_one_before_broke_off(
         fetching = replace(options, storage={"headers": {"X-Key": "secret"}})
         shards, here = Shards(server.url, cache=fetching), Shards(large)
         names = shard_names(shards)
-        server.faults = FirstOnly(truncate=1.0)
+        server.faults, server.lingers = FirstOnly(truncate=1.0), LONG_ENOUGH
         assert all(torch.equal(shards.read(i).patches, here.read(i).patches) for i in range(len(here)))
         assert [server.asked[name] for name in names] == [2] * len(names)
         assert [server.resumed[name] for name in names] == [int(ranges)] * len(names)
@@ -412,14 +413,14 @@ def test_a_silence_in_mid_file_costs_no_more_than_part_of_it(
 ) -> None:
     """A second connection brings the rest, beside the first: no try has failed."""
     with ShardServer(large, Faults(), RATE) as server:
-        shards = Shards(server.url, cache=replace(options, stall=2.0))
+        shards = Shards(server.url, cache=replace(options, stall=8.0))
         name = shard_names(shards)[0]
         server.faults = FirstOnly(stall=1.0)
         began = time.monotonic()
         assert torch.equal(shards.read(0).patches, Shards(large).read(0).patches)
-        assert 0.5 <= time.monotonic() - began < 2.0 and waits == []
+        assert 2.0 <= time.monotonic() - began < 8.0 and waits == []
         assert (server.asked[name], server.resumed[name]) == (2, 1)
-        assert shards.failures == [f"{name}: nothing came for 0.5 s, the rest was asked for again beside it"]
+        assert shards.failures == [f"{name}: nothing came for 2 s, the rest was asked for again beside it"]
 
 
 class FirstOnly(Faults):
@@ -436,11 +437,11 @@ def test_parts_of_different_files_are_never_put_together(
     """The first half comes from a file that is then replaced by the one that the index lists."""
     here = Shards(large).read(0).patches
     with ShardServer(large, Faults(), RATE) as server:
-        shards = Shards(server.url, cache=replace(options, stall=1.0))
+        shards = Shards(server.url, cache=replace(options, stall=8.0))
         name = shard_names(shards)[0]
         right = (large / name).read_bytes()
         (large / name).write_bytes(bytes(len(right)))
-        server.faults = FirstOnly(**{fault: 1.0})
+        server.faults, server.lingers = FirstOnly(**{fault: 1.0}), LONG_ENOUGH
         asked_again = server.count
 
         def mend(name: str) -> int:
