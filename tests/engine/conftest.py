@@ -2,8 +2,6 @@
 their own, as a user would start them."""
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +56,7 @@ Launch = Callable[..., Finished]
 
 
 @pytest.fixture
-def launch(shards: Path, tiny_base: Path, tmp_path: Path) -> Launch:
+def launch(server: Server, shards: Path, tiny_base: Path, tmp_path: Path) -> Launch:
     """Start train.py on `processes` processes (1: without torchrun) and wait for its end. script: another
     one in its place."""
 
@@ -81,24 +79,10 @@ def launch(shards: Path, tiny_base: Path, tmp_path: Path) -> Launch:
             )
         config = tmp_path / f"{output.replace(chr(47), chr(45))}.toml"
         config.write_text(tomli_w.dumps(described))
-        starter = [sys.executable]
-        if processes > 1:
-            starter = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
-            starter += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-        done = subprocess.run(
-            [*starter, str(script), str(config), *flags],
-            cwd=REPOSITORY,
-            env=os.environ
-            | {
-                "OMP_NUM_THREADS": "1",
-                "DS_ACCELERATOR": "cpu",
-                "TRITON_INTERPRET": "0",
-            },
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        return Finished(done.returncode, done.stdout + done.stderr, tmp_path / output)
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TRITON_INTERPRET": "0"}
+        ranks = processes if processes > 1 else 0
+        job = server.start([str(config), *flags], ranks, script=script, **environment)
+        return Finished(job.wait(600), job.printed, tmp_path / output)
 
     return start
 

@@ -1,6 +1,7 @@
-"""Runs of train.py under torchrun's own agent, started in a second: forked from a process that has imported all.
+"""Runs of train.py, alone or under torchrun's own agent, started in a second: forked from a process that has imported
+all.
 
-Importing torch, DeepSpeed and PEFT takes a process eight seconds, which tests that start dozens cannot spend. A server
+Importing torch, DeepSpeed and PEFT takes a process fifteen seconds, which tests that start dozens cannot spend. A server
 imports them once and forks, for each job, a supervisor (which writes down how the job ended), the agent and from
 that the ranks. They are what `torchrun train.py` would have, but for their command lines.
 
@@ -10,11 +11,13 @@ that the ranks. They are what `torchrun train.py` would have, but for their comm
 import ctypes
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -37,7 +40,7 @@ class Job:
 
     @property
     def agent(self) -> int:
-        """torchrun's process id."""
+        """The process id of torchrun, or of a run without it."""
         return int(until(lambda: _read(self.log.with_suffix(".agent")), 60, self.log))
 
     def ranks(self) -> dict[int, int]:
@@ -48,7 +51,7 @@ class Job:
         }
 
     def wait(self, seconds: float = 240) -> int:
-        """torchrun's exit status: negative for a signal."""
+        """torchrun's exit status, or that of a run without it: negative for a signal."""
         return int(until(lambda: _read(self.log.with_suffix(".status")), seconds, self.log))
 
     def is_running(self) -> bool:
@@ -87,14 +90,22 @@ class Server:
                     os.kill(pid, signal.SIGKILL)
 
     def start(
-        self, arguments: list[str], processes: int = 2, restarts: int = 0, first: str = "", **environment: str
+        self,
+        arguments: list[str],
+        processes: int = 2,
+        restarts: int = 0,
+        first: str = "",
+        script: str | Path = "train.py",
+        **environment: str,
     ) -> Job:
-        """arguments: train.py's; restarts: torchrun's --max-restarts; first: Python that every rank runs before
-        train.py; environment: more of it, for every process of the job."""
+        """arguments: the script's; processes: torchrun's --nproc_per_node, 0 for a run without torchrun; restarts: its
+        --max-restarts; first: Python that every rank runs before the script; environment: more of it, for every
+        process of the job."""
         self.count += 1
         log = self.folder / f"job-{self.count}.log"
         log.touch()
         job = {"arguments": arguments, "processes": processes, "restarts": restarts, "first": first}
+        job["script"] = str(script)
         assert self.process.stdin
         self.process.stdin.write(json.dumps(job | {"log": str(log), "environment": environment}) + "\n")
         self.process.stdin.flush()
@@ -134,7 +145,6 @@ def serve() -> None:
     processes._use_deepspeed_on_cpu()
 
     import hdl.engine.loop  # noqa: F401
-    import train  # noqa: F401
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # supervisors are nobody's concern
     for line in sys.stdin:
@@ -157,13 +167,24 @@ def _supervise(job: dict[str, Any]) -> None:
     if agent == 0:
         status = 1
         try:
-            status = _launch(job, log)
+            status = _launch(job, log) if job["processes"] else _alone(job, log)
         finally:
             sys.stdout.flush()
             os._exit(status)
     log.with_suffix(".agent").write_text(str(agent))
     _, status = os.waitpid(agent, 0)
     log.with_suffix(".status").write_text(str(os.waitstatus_to_exitcode(status)))
+
+
+def _alone(job: dict[str, Any], log: Path) -> int:
+    try:
+        _rank(job["script"], job["arguments"], job["first"], str(log))
+        return 0
+    except SystemExit as end:
+        return int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        return 1
 
 
 def _launch(job: dict[str, Any], log: Path) -> int:
@@ -177,18 +198,15 @@ def _launch(job: dict[str, Any], log: Path) -> int:
         signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", monitor_interval=0.1, shutdown_timeout=60,
     )  # fmt: skip
     try:
-        elastic_launch(config, _rank)(job["arguments"], job["first"], str(log))
+        elastic_launch(config, _rank)(job["script"], job["arguments"], job["first"], str(log))
         return 0
     except (ChildFailedError, SignalException) as error:
         print(f"torchrun: {error}", file=sys.stderr, flush=True)
         return 1
 
 
-def _rank(arguments: list[str], first: str, log: str) -> None:
+def _rank(script: str, arguments: list[str], first: str, log: str) -> None:
     from tqdm import tqdm
-
-    import train
-    from hdl.errors import command_line
 
     ctypes.CDLL(None).prctl(
         1, 0
@@ -197,14 +215,14 @@ def _rank(arguments: list[str], first: str, log: str) -> None:
         with suppress(OSError):
             if os.readlink(f"/proc/self/fd/{entry}").startswith("socket:"):
                 os.close(int(entry))
-    mark = Path(log).with_suffix(f".rank.{os.environ['RANK']}")
+    mark = Path(log).with_suffix(f".rank.{os.environ.get('RANK', 0)}")
     mark.write_text(str(os.getpid()))
     tqdm.set_lock(
         threading.RLock()
     )  # its own is one for all forks, and stays taken when one is killed with it
-    sys.argv = ["train.py", *arguments]
+    sys.argv = [script, *arguments]
     exec(first, {"__name__": "first"})
-    command_line(train.main)
+    runpy.run_path(script, run_name="__main__")
 
 
 if __name__ == "__main__":
