@@ -124,15 +124,15 @@ def test_a_page_that_cannot_be_written_costs_a_line(launch: Launch) -> None:
     ("processes", "stage", "options"),
     [
         (2, "zero2", {}),
-        (2, "zero3", {}),
-        (1, "zero3", {"train__micro_batch_size": 2}),
+        # Drift takes a hundred forward passes, each of which DeepSpeed gathers tensor by tensor: once will do.
+        (2, "zero3", {"validation__every": 4}),
+        (1, "zero3", {"train__micro_batch_size": 2, "validation__drift": False}),
         (2, "zero2", {"train__micro_batch_size": 1, "model__keep": "input"}),
     ],
 )
 def test_losses_do_not_depend_on_how_a_step_is_spread(
     launch: Launch, alone: list[Finished], processes: int, stage: str, options: dict
 ) -> None:
-    options = {k: bool(v) if "checkpointing" in k else v for k, v in options.items()}
     run = launch(processes=processes, train__deepspeed=f"ds_configs/{stage}.json", **PICTURES, **options)
     assert run.status == 0, run.printed
     assert_same_losses(one_rank(launch, alone), run)
