@@ -7,7 +7,7 @@
 #   OUT          a new folder: table.md, results.json, logs/, rows/ with a file for each line of the table
 #   GPUS=N       so many of them, an even number; unset: all that CUDA_VISIBLE_DEVICES leaves
 #
-# Random weights of the 8B shapes and random pixels say nothing of quality. hdl/bench/fleet.py has the parts.
+# Random weights of the 8B shapes and random pixels say nothing of quality. hdl/fleet/__main__.py has the parts.
 set -euo pipefail
 cd_from="$PWD"
 out="${1:?usage: launch/bench_8gpu.sh OUT [--deadline SECONDS] [--tiny]}"
@@ -20,4 +20,4 @@ if ! command -v torchrun >/dev/null; then # an environment that is entered alrea
 fi
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 export NCCL_NVLS_ENABLE="${NCCL_NVLS_ENABLE:-0}" # multicast over NVLink fails on some hosts; nothing here needs it
-exec python -m hdl.bench.fleet "$out" "$@"
+exec python -m hdl.fleet "$out" "$@"

@@ -109,11 +109,11 @@ class Study:
 
     def run(self, seeds: Sequence[int]) -> str:
         """Every arm with every seed; the table, which is also written to table.md. Says what is left out."""
-        gpu = self.processes.device.type == "cuda"
-        for arm in runs_of(self.name, gpu):
+        arms = runs_of(self.name, self.processes.device.type == "cuda")
+        for arm in arms:
             for seed in seeds:
                 self.one(arm, seed)
-        return write_table(self.out, self.name, self.setting, seeds, gpu)
+        return write_table(self.out, self.name, arms, seeds)
 
     def one(self, arm: str, seed: int) -> dict[str, float]:
         """What the arm came to with this seed, by column."""
@@ -175,13 +175,9 @@ def kept_in(out: Path, name: str, arm: str, seed: int) -> Path:
     return out / name / f"{arm.replace(',', '').replace(' ', '-')}-{seed}{KEPT}"
 
 
-def write_table(out: Path, name: str, setting: Setting, seeds: Sequence[int], gpu: bool) -> str:
+def write_table(out: Path, name: str, arms: Sequence[str], seeds: Sequence[int]) -> str:
     """The table of a study whose runs are all done, as it is written to table.md."""
-    rows = {
-        arm: [json.loads(kept_in(out, name, arm, seed).read_text()) for seed in seeds]
-        for arm in STUDIES[name][1]
-        if gpu or arm not in NEEDS_A_GPU
-    }
+    rows = {arm: [json.loads(kept_in(out, name, arm, seed).read_text()) for seed in seeds] for arm in arms}
     table = table_of(name, rows)
     (out / name / "table.md").write_text(table)
     return table

@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import ExitStack
 from functools import cache
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path
-from threading import Thread
 
 import torch
 
+from hdl.data.workers import live_and_die_with_parent
 from hdl.engine.processes import DESCRIBED, Processes, process_group
 from hdl.errors import HdlError
 from hdl.study.run import Setting, Study, prepared_set, runs_of, write_table
@@ -31,13 +31,13 @@ def run_side_by_side(
     for name in names:
         prepared_set(out, name)  # one of them, before several would at once
     (out / LOGS).mkdir(exist_ok=True)
-    gpu = torch.cuda.is_available()
+    arms = {name: runs_of(name, torch.cuda.is_available()) for name in names}
     threads = max(1, (os.cpu_count() or 1) // at_once)
     with ProcessPoolExecutor(at_once, get_context("spawn"), _begin, (out / LOGS, threads)) as pool:
         asked: dict[Future[None], str] = {
             pool.submit(_one, out, name, setting, arm, seed): f"{name}, {arm}, seed {seed}"
             for name in names
-            for arm in runs_of(name, gpu)
+            for arm in arms[name]
             for seed in seeds
         }
         failed = {}
@@ -57,25 +57,17 @@ def run_side_by_side(
             "again to go on with what is left"
         )
     for name in names:
-        yield write_table(out, name, setting, seeds, gpu)
+        yield write_table(out, name, arms[name], seeds)
 
 
 def _begin(logs: Path, threads: int) -> None:
+    live_and_die_with_parent()
     log = os.open(logs / f"{os.getpid()}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     for name in DESCRIBED:
         os.environ.pop(name, None)  # each is alone, whatever started this
     torch.set_num_threads(threads)
-    Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """The pool's processes would wait for more to do for ever."""
-    parent = parent_process()
-    assert parent
-    parent.join()
-    os._exit(1)
 
 
 def _one(out: Path, name: str, setting: Setting, arm: str, seed: int) -> None:

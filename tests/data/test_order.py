@@ -94,7 +94,9 @@ def test_a_million_samples_are_ordered_once_an_epoch(monkeypatch: pytest.MonkeyP
     counts = np.where(np.arange(n) % 3, 1.0, 0.3)
     stream = Stream(Quotas(counts, np.zeros(n, dtype=np.int32)), 0, shard=shard, window=8, lanes=4)
     arranged = []
-    monkeypatch.setattr(Stream, "_arranged", lambda self, epoch: arranged.append(epoch) or arrange(self, epoch))
+    monkeypatch.setattr(
+        Stream, "_arranged", lambda self, epoch: arranged.append(epoch) or arrange(self, epoch)
+    )
     drawn = [stream.draws(lane, start, start + 100) for lane in range(4) for start in (0, 100)]
     assert all(len(draws.sample) == 100 for draws in drawn)
     assert arranged == [0]  # takes a second or so

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from hdl.bench.fleet_rows import (
+from hdl.fleet.part import rank_of
+from hdl.fleet.rows import (
     EQUAL,
     FP8,
     FULL,
@@ -22,7 +23,6 @@ from hdl.bench.fleet_rows import (
     Row,
     all_rows,
 )
-from hdl.bench.part import rank_of
 from tests.engine.conftest import REPOSITORY
 from tests.launch.conftest import ENVIRONMENT, clean
 

@@ -142,7 +142,7 @@ def words_of(flags: dict[str, object]) -> list[str]:
 
 
 def arguments_of_part(doc: str | None) -> argparse.Namespace:
-    """What hdl.bench.fleet tells the parts that measure; doc: what they say of themselves."""
+    """What hdl.fleet tells the parts that measure; doc: what they say of themselves."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--of", type=int, required=True, help="GPUs of the machine")

@@ -1,6 +1,6 @@
 """The shards that a machine's GPUs are measured on: random pixels, and captions of so many tokens.
 
-    python -m hdl.bench.fleet_data OUT [--tiny]
+    python -m hdl.fleet.data OUT [--tiny]
 
 Equal images are all of one size and caption length; mixed ones come twice in each of the bench's aspect ratios
 (hdl/bench/cases.py), with captions from few tokens to many. Noise takes a PNG encoder seconds and gets no smaller, so
@@ -18,9 +18,9 @@ import numpy as np
 from PIL import Image
 
 from hdl.bench.cases import RATIOS
-from hdl.bench.fleet_rows import CONFIG_8B, EQUAL, MINI, MIXED, shards_of, size_of
 from hdl.data.prepare import Options, prepare
 from hdl.errors import command_line
+from hdl.fleet.rows import CONFIG_8B, EQUAL, MINI, MIXED, shards_of, size_of
 from hdl.o1.checkpoint import open_checkpoint
 from hdl.o1.prompt import PromptEncoder
 

@@ -1,6 +1,6 @@
 """A run that is killed and goes on by itself, and then on half of the GPUs: started as a user would, by launch/node.sh.
 
-    python -m hdl.bench.fleet_faults OUT --of GPUS --until SECONDS [--tiny]
+    python -m hdl.fleet.faults OUT --of GPUS --until SECONDS [--tiny]
 
 e4m3 weights and one image a GPU. As soon as the first checkpoint is whole, the last rank's process gets SIGKILL; torchrun
 starts all of them again, which go on from there to the end. The same run is then continued on half of the GPUs for a
@@ -19,9 +19,9 @@ from pathlib import Path
 import tomli_w
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hdl.bench.fleet_rows import EQUAL, ROOT, arguments_of_part, base_flags, shards_of
-from hdl.bench.part import Part, rank_of
 from hdl.errors import command_line
+from hdl.fleet.part import Part, rank_of
+from hdl.fleet.rows import EQUAL, ROOT, arguments_of_part, base_flags, shards_of
 
 # A save waits for the one before: the first checkpoint is whole before step 2 * EVERY is over, and steps are left to be
 # killed in.

@@ -1,13 +1,13 @@
 """All that is to be known of a machine with several GPUs, measured unattended within a time: launch/bench_8gpu.sh.
 
-    python -m hdl.bench.fleet OUT [--deadline 530] [--tiny]
+    python -m hdl.fleet OUT [--deadline 530] [--tiny]
 
 Parts, each in processes of its own, in the order of their importance:
 
-    data        random images into shards (hdl/bench/fleet_data.py), while the next part starts up
-    all         the rows of the table on all GPUs, in one process a GPU (hdl/bench/fleet_run.py)
+    data        random images into shards (hdl/fleet/data.py), while the next part starts up
+    all         the rows of the table on all GPUs, in one process a GPU (hdl/fleet/run.py)
     1, 2        on one and two GPUs, for comparison, at the same time on GPUs of their own
-    faults      a rank killed, the run continued, and continued on half of the GPUs (hdl/bench/fleet_faults.py)
+    faults      a rank killed, the run continued, and continued on half of the GPUs (hdl/fleet/faults.py)
     rest        rows on all GPUs that there was no time for before
 
 A part has until the time that those behind it need, then it is ended. What has been measured by then is in OUT/table.md
@@ -22,10 +22,10 @@ import sys
 import time
 from pathlib import Path
 
-from hdl.bench.fleet_report import write_report
-from hdl.bench.fleet_rows import ROOT, all_rows, parts_of, rows_of_all
-from hdl.bench.part import Part
 from hdl.errors import HdlError, command_line
+from hdl.fleet.part import Part
+from hdl.fleet.report import write_report
+from hdl.fleet.rows import ROOT, all_rows, parts_of, rows_of_all
 
 BESIDE, FAULTS = (
     0.19,
@@ -101,7 +101,7 @@ class Fleet:
     def measure(self) -> str:
         """The table, in Markdown."""
         try:
-            data = self.python("data", "hdl.bench.fleet_data", self.out)
+            data = self.python("data", "hdl.fleet.data", self.out)
             until = self.end - self.faults - self.beside
             everything = self.rows("all", self.places, until)
             if not data.wait(until) or data.status:
@@ -110,7 +110,7 @@ class Fleet:
             until = self.end - self.faults
             self.finish(until, *(self.rows(str(n), self.places[-n:] if n > 1 else self.places[:1], until)
                                  for n in parts_of(self.gpus)))  # fmt: skip
-            self.finish(self.end, self.python("faults", "hdl.bench.fleet_faults", self.out,
+            self.finish(self.end, self.python("faults", "hdl.fleet.faults", self.out,
                                               "--of", str(self.gpus), "--until", str(self.end)))  # fmt: skip
             left = [
                 row for row in rows_of_all(self.gpus) if not (self.out / "rows" / f"{row.name}.json").exists()
@@ -143,7 +143,7 @@ class Fleet:
         torchrun = ["torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--local-addr=127.0.0.1",
                     f"--nproc-per-node={len(places)}", f"--max-restarts={len(all_rows(self.gpus))}"]  # fmt: skip
         own: list[str | Path] = [self.out, "--of", str(self.gpus), "--until", str(until)]
-        return self.python(name, *torchrun, "-m", "hdl.bench.fleet_run", *own, places=places)
+        return self.python(name, *torchrun, "-m", "hdl.fleet.run", *own, places=places)
 
     def python(self, name: str, *words: str | Path, places: list[str] | None = None) -> Part:
         """Start `python -m` with these words, seeing some of the GPUs, or all."""

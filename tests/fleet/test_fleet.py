@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from hdl.bench.fleet_report import write_report
-from hdl.bench.fleet_rows import (
+from hdl.config import load_run
+from hdl.engine.ending import last_duties
+from hdl.fleet.part import Part, processes_of
+from hdl.fleet.report import write_report
+from hdl.fleet.rows import (
     EQUAL,
     FP8,
     FULL,
@@ -24,10 +27,7 @@ from hdl.bench.fleet_rows import (
     all_rows,
     arguments,
 )
-from hdl.bench.fleet_run import leftover, what_to_do
-from hdl.bench.part import Part, processes_of
-from hdl.config import load_run
-from hdl.engine.ending import last_duties
+from hdl.fleet.run import leftover, what_to_do
 from tests.engine.conftest import photos, shards  # noqa: F401  # fixtures
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from hdl.bench.fleet_rows import EQUAL, FP8, FULL, MIXED, PLANNED, SHARDED, ZERO2, Row, all_rows
+from hdl.fleet.rows import EQUAL, FP8, FULL, MIXED, PLANNED, SHARDED, ZERO2, Row, all_rows
 
 HEAD = (
     "GPUs", "strategy", "weights", "data", "images/s", "tokens/s", "step ms", "min to max", "allocated GiB", "reserved GiB",

@@ -1,6 +1,6 @@
 """The rows of one part of the machine, one after another in the same processes, each through hdl.engine.loop.train.
 
-    torchrun --nproc_per_node=N -m hdl.bench.fleet_run OUT --of GPUS --until SECONDS [--tiny]
+    torchrun --nproc_per_node=N -m hdl.fleet.run OUT --of GPUS --until SECONDS [--tiny]
 
 Importing, meeting over NCCL and compiling kernels take fresh processes longer than a row's steps. So a row only builds its
 model, trains and lets everything go again. What it came to is in OUT/rows/ROW.json before the next one begins.
@@ -26,7 +26,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from hdl.bench import scaling
 from hdl.bench.command import machine
-from hdl.bench.fleet_rows import (
+from hdl.bench.timing import give_back
+from hdl.config import load_run
+from hdl.engine.ending import last_duties
+from hdl.engine.processes import Processes, process_group
+from hdl.errors import HdlError, command_line
+from hdl.fleet.rows import (
     EQUAL,
     ZERO3,
     Row,
@@ -38,11 +43,6 @@ from hdl.bench.fleet_rows import (
     shards_of,
     size_of,
 )
-from hdl.bench.timing import give_back
-from hdl.config import load_run
-from hdl.engine.ending import last_duties
-from hdl.engine.processes import Processes, process_group
-from hdl.errors import HdlError, command_line
 from hdl.kernels.attention import rows_for
 from hdl.memory.plan import B16, GIB, GPUS, Gpu, Work, need
 from hdl.o1.checkpoint import TOKEN_TABLE, expected_shapes
@@ -67,7 +67,7 @@ def await_data(out: Path, until: float) -> None:
     wanted = [shards_of(out, row.data) / "index.json" for row in rows_of_all(2)]
     while missing := [path for path in wanted if not path.exists()]:
         if time.time() > until:
-            raise HdlError(f"{missing[0]}: not there in time; hdl.bench.fleet_data writes it, see {out}/logs")
+            raise HdlError(f"{missing[0]}: not there in time; hdl.fleet.data writes it, see {out}/logs")
         time.sleep(0.1)
 
 
