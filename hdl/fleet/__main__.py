@@ -37,7 +37,7 @@ GRACE = 15.0  # seconds that a part may take longer than it was told to
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m hdl.fleet", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("out", type=Path, help="a new folder")
     parser.add_argument(
