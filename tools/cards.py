@@ -117,6 +117,7 @@ def loading(args: argparse.Namespace) -> dict[str, Any]:
     config = config_of(args)
     ask(args, {"write": str(base)})
     disk = bench.disk_rate(base)
+    print(f"written; disk, one thread: {disk / 1e9:.2f} GB/s", file=sys.stderr, flush=True)
     found: dict[bench.Load, tuple[Figures, int]] = {}
     side = 64 if args.tiny else 1024
     for load in bench.LOADS:
@@ -124,11 +125,11 @@ def loading(args: argparse.Namespace) -> dict[str, Any]:
             continue
         setting = Setting(side, side, 1, args.rank, load.weights, ("input",) * config.num_hidden_layers)
         bench.evict(args.loading)
-        print(f"{load.name} ...", file=sys.stderr, flush=True)
         given = {"setting": setting.as_data(), "base": str(base), "cache": str(cache) if load.cache else None}
         figures = ask(args, given | {"steps": 0, "warmup": 0})
         figures.pop("step")
         found[load] = Figures(**figures), bench.read_bytes(load, base, cache)
+        print(bench.as_row(load, *found[load]), file=sys.stderr, flush=True)  # as they come: all take minutes
     print(bench.as_markdown(found, disk))
     return {"disk": disk} | {
         load.name: figures.as_data() | {"read": size} for load, (figures, size) in found.items()

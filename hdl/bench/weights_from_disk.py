@@ -97,9 +97,11 @@ def as_markdown(found: dict[Load, tuple[Figures, int]], disk: float) -> str:
         "| weights | seconds | GB read | GB/s | host GiB at the peak | kept |",
         "|---|---|---|---|---|---|",
     ]
-    for load, (figures, size) in found.items():
-        lines.append(
-            f"| {load.name} | {figures.loading:.1f} | {size / 1e9:.1f} | {size / 1e9 / figures.loading:.2f} | "
-            f"{figures.host_peak / GIB:.2f} | {figures.host_kept / GIB:.2f} |"
-        )
-    return "\n".join(lines)
+    return "\n".join(lines + [as_row(load, figures, size) for load, (figures, size) in found.items()])
+
+
+def as_row(load: Load, figures: Figures, size: int) -> str:
+    return (
+        f"| {load.name} | {figures.loading:.1f} | {size / 1e9:.1f} | {size / 1e9 / figures.loading:.2f} | "
+        f"{figures.host_peak / GIB:.2f} | {figures.host_kept / GIB:.2f} |"
+    )
