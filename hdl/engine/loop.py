@@ -1,4 +1,4 @@
-"""The run: everything that train.py's config describes, from checks to the saved adapter.
+"""The run: from what a config describes (hdl.engine.prepared) to the saved adapter.
 
 The host runs ahead of the GPU: what became of a step is looked at while the next one is computed (see
 hdl.engine.step), or before anything is saved or drawn.
@@ -15,140 +15,42 @@ from typing import Any
 import torch
 from deepspeed import DeepSpeedEngine
 
-from hdl.adapter.lora import Switch, attach, load_adapter, read_adapter, shape_of
+from hdl.adapter.lora import Switch, attach, load_adapter, read_adapter
 from hdl.config import Run
-from hdl.data.batches import Batches, Keeping
-from hdl.data.locality import what_thrashes
-from hdl.data.mixture import Mixture, open_mixture
-from hdl.data.packing import Packs
-from hdl.data.picks import Draws
+from hdl.data.batches import Batches
 from hdl.data.reading import Reader
-from hdl.data.steps import BySamples, ByTokens, Cut, Steps
-from hdl.data.untriggered import Untriggered, check_phrase, read_prompts
+from hdl.data.steps import Steps
 from hdl.engine.agreement import check_alike
-from hdl.engine.budget import advice, settled
+from hdl.engine.budget import advice
 from hdl.engine.checkpoints import AVERAGE_FILE, read_state
 from hdl.engine.ema import Average
 from hdl.engine.ending import last_duties
-from hdl.engine.fast_path import FastPath, check_shard, check_stream, may_fuse
+from hdl.engine.fast_path import FastPath, check_shard
 from hdl.engine.faults import REQUEUE, Signals
 from hdl.engine.held_out import HeldOut
+from hdl.engine.prepared import Prepared, announce, cut_of, prepare
 from hdl.engine.processes import Processes
-from hdl.engine.run_folder import Found, RunFolder
+from hdl.engine.run_folder import Found
 from hdl.engine.saving import AVERAGED, Saver, restore
-from hdl.engine.sharding import check_optimizer, divides_weights, read_strategy, settings_of, shard, shares
+from hdl.engine.sharding import divides_weights, settings_of, shard, shares
 from hdl.engine.skipping import Skipping, described, drop_gradient, holds_back, keep_to_schedule
 from hdl.engine.step import Measured, TrainStep
-from hdl.engine.validation import WITH, WITHOUT, Validation, save_picture
+from hdl.engine.validation import WITH, WITHOUT, save_picture
 from hdl.engine.watch import Watch
 from hdl.engine.zero3 import gathered_for_peft, load_partitioned, share_with_dora
 from hdl.errors import HdlError
 from hdl.flow.noise import VARIANTS
-from hdl.flow.perceptual import Perceptual, read_encoder
+from hdl.flow.perceptual import Perceptual
 from hdl.flow.sigma import draw_sigmas, shift_by_size
 from hdl.metrics.best import BEST_FILE, Judged, best_text, is_over, read_best
-from hdl.metrics.metrics import Metrics, Report
-from hdl.o1.checkpoint import Checkpoint, load_model, open_checkpoint
-from hdl.o1.prompt import PromptEncoder
-from hdl.o1.visual import VisualTower, tower_bytes
+from hdl.metrics.metrics import Report
+from hdl.o1.checkpoint import load_model
+from hdl.o1.visual import VisualTower
 from hdl.report.curves import Reporter, StepReport, means_by_band
 from hdl.report.summary import write_summary
 from hdl.transfer import Mark, Reading
 
 GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What is known to be right before a weight is read. run: as it is taken; expected: of its memory, in words."""
-
-    run: Run
-    fuses: bool  # may take the fast path, so that its weights need not be loaded yet
-    expected: str | None
-    folder: RunFolder
-    checkpoint: Checkpoint
-    mixture: Mixture
-    keeping: Keeping | None
-    validation: Validation
-    metrics: Metrics
-    trained_on: dict[str, str]
-    found: Found  # rank 0's: what to continue
-
-
-def prepare(run: Run, processes: Processes) -> Prepared:
-    """Check everything that can be wrong, cheapest first; the run's folder is claimed last.
-
-    Ranks may fail alone here: the caller tells the others.
-    """
-    micro, _ = shares(run.train, processes.world)
-    read_strategy(run.train.deepspeed)
-    check_optimizer(run.train, processes.device, _dtype(run, processes))
-    fuses = may_fuse(run, processes.device)
-    checkpoint = open_checkpoint(run.model.base, run.model.config_from, run.model.random_init)
-    fingerprint = checkpoint.fingerprint()
-    mixture = open_mixture(run.data, fingerprint)
-    largest = mixture.longest(micro)
-    beside = tower_bytes(checkpoint, _dtype(run, processes)) if mixture.pairs else 0
-    if run.flow.perceptual:
-        beside += read_encoder(run.flow.perceptual).bytes(_dtype(run, processes), micro)
-    run, expected = settled(
-        run, checkpoint.config, largest, processes, fuses and not run.lora.dropout, beside
-    )
-    check_stream(run, checkpoint.config, _dtype(run, processes))
-    validation = Validation(run, checkpoint, processes)
-    untriggered = _untriggered(run, checkpoint, mixture, validation.encoder)
-    metrics = Metrics(run, validation.encoder, mixture, processes)
-    trained_on = {"base": fingerprint, "data": mixture.dataset_hash, "adapter shape": shape_of(run.lora)}
-    keeping = None
-    if untriggered:
-        together = divides_weights(run.train) or run.model.shard > 0
-        keeping = Keeping(untriggered, run.preserve.weight, together)
-    folder, found = RunFolder(run.save.output), Found()
-    _cut(run, mixture, micro, {})  # for what can be wrong with it
-    if processes.is_main:
-        folder.check(run)
-        folder.hold()
-        folder.check(run)  # nobody else changes it now
-        if run.resume != "no":
-            found = folder.find(run, trained_on)
-        folder.claim(run)
-    return Prepared(
-        run, fuses, expected, folder, checkpoint, mixture, keeping, validation, metrics, trained_on, found
-    )
-
-
-def _untriggered(
-    run: Run, checkpoint: Checkpoint, mixture: Mixture, encoder: PromptEncoder | None
-) -> Untriggered | None:
-    """How kept draws are asked for, where there are any. encoder: the base's, if one is there already. HdlError for a
-    trigger that nothing answers to, and prompts that cannot be used."""
-    trigger, preserve = run.data.trigger, run.preserve
-    if trigger is None:
-        if preserve.prompts or preserve.regularization:
-            raise HdlError(
-                "preserve.prompts and preserve.regularization need data.trigger, which they ask without"
-            )
-        return None
-    for phrase in run.data.all_phrases:
-        check_phrase(mixture, "data.trigger" if phrase == trigger else "data.phrases", phrase)
-    if not preserve.share and not preserve.regularization:
-        return None
-    prompts = read_prompts(preserve.prompts) if preserve.prompts else []
-    return Untriggered(encoder or PromptEncoder(checkpoint), run.data.all_phrases, run.train.seed, prompts)
-
-
-def _cut(run: Run, mixture: Mixture, micro: int, state: dict[str, Any]) -> Cut:
-    """How the data's stream is cut into steps. state: of the checkpoint that the run goes on from."""
-    train, data = run.train, run.data
-    draws = Draws(
-        mixture, train.seed,
-        caption_dropout=data.caption_dropout, mirror=data.mirror, window=data.window, lanes=data.lanes,
-        kept_share=run.preserve.share if data.trigger else 0.0,
-        keep_regularization=bool(data.trigger) and run.preserve.regularization,
-    )  # fmt: skip
-    if train.micro_batch_tokens is None or train.batch_packs is None:
-        return BySamples(draws, train.batch_size, micro)
-    return ByTokens(Packs(draws, train.micro_batch_tokens, state.get("packs")), train.batch_packs)
 
 
 def train(run: Run, processes: Processes) -> int:
@@ -169,8 +71,8 @@ def _train(run: Run, processes: Processes, signals: Signals, watch: Watch) -> in
     processes.all_or_none(problem)
 
     run = prepared.run
+    dtype = prepared.dtype
     found: Found = processes.gather(prepared.found)[0]
-    dtype = _dtype(run, processes)
     if divides_weights(run.train):
         settings = settings_of(run.train, dtype, processes.world)
         model = load_partitioned(prepared.checkpoint, processes.device, dtype, settings)
@@ -182,11 +84,12 @@ def _train(run: Run, processes: Processes, signals: Signals, watch: Watch) -> in
         adapted = attach(model, run.lora, str(run.model.base), run.train.seed)
     tower = VisualTower(prepared.checkpoint, processes.device, dtype) if prepared.mixture.pairs else None
     perceptual = None
-    if run.flow.perceptual:
-        encoder = read_encoder(run.flow.perceptual)
-        perceptual = Perceptual(encoder, run.flow.perceptual_weight, processes.device, dtype)
+    if prepared.encoder:
+        perceptual = Perceptual(prepared.encoder, run.flow.perceptual_weight, processes.device, dtype)
     state = read_state(found.newest) if found.newest else {"step": 0, "skipped": 0}
-    steps = Steps(_cut(run, prepared.mixture, shares(run.train, processes.world)[0], state), processes.world)
+    steps = Steps(
+        cut_of(run, prepared.mixture, shares(run.train, processes.world)[0], state), processes.world
+    )
     if found.newest:
         weights = read_adapter(adapted, found.newest)  # now: ZeRO-3 leaves no shapes to hold them to
         load_adapter(adapted, found.newest)
@@ -207,7 +110,7 @@ def _train(run: Run, processes: Processes, signals: Signals, watch: Watch) -> in
         trigger=run.data.trigger, average=average,
     )  # fmt: skip
     if processes.is_main:
-        _announce(run, prepared, processes, dtype, steps, state["step"])
+        announce(prepared, processes, steps.cut, state["step"])
         if found.newest and bool(average) != (AVERAGED in state):
             print(_without_average(run.train.ema, found.newest))
     loop = Loop(
@@ -585,47 +488,8 @@ def _peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
 
 
-def _dtype(run: Run, processes: Processes) -> torch.dtype:
-    if run.model.dtype == "auto":
-        return torch.bfloat16 if processes.device.type == "cuda" else torch.float32
-    return getattr(torch, run.model.dtype)
-
-
 def _without_average(decay: float, checkpoint: Path) -> str:
     """Of a run that goes on from a checkpoint with an average and keeps none, or the other way round."""
     if decay:
         return f"train.ema {decay:g}: {checkpoint} holds no average, so it starts from the weights there, and its decay at 0"
     return f"train.ema 0: the average in {checkpoint} is not gone on with; set train.ema to keep it"
-
-
-def _announce(
-    run: Run, prepared: Prepared, processes: Processes, dtype: torch.dtype, steps: Steps, done: int
-) -> None:
-    for line in prepared.found.passed_over:
-        print(line)
-    start = f"resuming after step {done}" if done else "starting"
-    print(
-        f"{start}: {len(prepared.mixture.columns):,} images, {steps.cut.describe()} on {processes.world} "
-        f"process(es) on {processes.device.type}, {str(dtype).removeprefix('torch.')}, "
-        f"{'DoRA' if run.lora.dora else 'LoRA'} rank {run.lora.rank}, {run.train.deepspeed.stem}; curves: tensorboard --logdir {prepared.folder.tensorboard}"
-    )
-    print(prepared.mixture.describe())
-    if prepared.keeping:
-        share = f"{run.preserve.share:.0%} of the draws"
-        asked = (
-            f"prompts of {run.preserve.prompts}"
-            if run.preserve.prompts
-            else "their captions without the trigger"
-        )
-        print(f"preserving: {share} ask with {asked} and are pulled to the base's own prediction")
-    elif run.data.trigger is None:
-        print("preserving nothing: data.trigger is not set (hdl/flow/step.py)")
-    if prepared.mixture.pairs:
-        print(
-            f"{prepared.mixture.pairs:,} samples have reference images, for editing: the visual tower is loaded, and "
-            "micro-batches with them are not replayed as CUDA graphs"
-        )
-    if warning := what_thrashes(run.data, prepared.mixture):
-        print(warning)
-    if prepared.expected:
-        print(prepared.expected)
