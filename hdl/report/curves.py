@@ -61,14 +61,14 @@ class Reporter:
     def __init__(self, folder: Path, first_step: int, steps: int) -> None:
         self.writer = SummaryWriter(str(folder), purge_step=first_step + 1)
         self.bar = tqdm(total=steps, initial=first_step, desc="training", unit="step", dynamic_ncols=True)
-        self._seconds: list[float] = []
-        self._last: StepReport | None = None
+        self._steps: list[tuple[float, int, int, float]] = []  # seconds, images, tokens, seconds waited
+        self._peak = 0.0
 
     def step(self, step: int, report: StepReport) -> None:
         """Report the step that brought the run to `step` steps."""
         seconds = report.seconds
-        self._seconds.append(seconds)
-        self._last = report
+        self._steps.append((seconds, report.images, report.tokens, report.waited))
+        self._peak = report.peak_memory
         scalars = {
             "loss": report.loss,
             "grad_norm": report.grad_norm,
@@ -116,10 +116,12 @@ class Reporter:
 
     def close(self) -> None:
         self.bar.close()
-        if self._last:
-            median = statistics.median(self._seconds[len(self._seconds) // 4 :])  # the first steps warm up
+        if self._steps:
+            warm = self._steps[len(self._steps) // 4 :]  # the first steps warm up
+            seconds, images, tokens, waited = (sum(column) for column in zip(*warm))
             print(
-                f"{len(self._seconds)} steps, median {median:.3f} s a step ({self._last.images / median:.2f} images/s, "
-                f"{self._last.tokens / median:.0f} tokens/s), peak {self._last.peak_memory:.1f} GiB"
+                f"{len(self._steps)} steps, median {statistics.median(step[0] for step in warm):.3f} s a step "
+                f"({images / seconds:.2f} images/s, {tokens / seconds:.0f} tokens/s), {waited / seconds:.1%} of the time "
+                f"waiting for data, peak {self._peak:.1f} GiB"
             )
         self.writer.close()
