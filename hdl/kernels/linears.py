@@ -28,9 +28,9 @@ stay aligned; the padding is zero.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
-from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from hdl.kernels.backend import named
@@ -41,6 +41,9 @@ from hdl.kernels.scratch import Scratch
 from hdl.kernels.transpose import transpose
 from hdl.memory.absent import put_in_place, take_out, weight_of
 from hdl.memory.cache import fill
+
+if TYPE_CHECKING:  # eight seconds, and tools/plan.py has no use for it
+    from peft.tuners.lora import Linear as LoraLinear
 
 ALIGNMENT = 8  # elements: 16 bytes of bfloat16
 
@@ -75,7 +78,7 @@ class Buffer:
 class Lora:
     """One adapter of PEFT's linear: one to train, or any number side by side to draw with."""
 
-    module: LoraLinear
+    module: "LoraLinear"
     name: str
     ranks: slice  # its columns of the pack's rank dimension
 
@@ -337,8 +340,8 @@ def padded_rank(ranks: int) -> int:
 
 
 def base_of(module: nn.Module) -> nn.Linear:
-    """The frozen linear itself."""
-    return module.base_layer if isinstance(module, LoraLinear) else module  # type: ignore[return-value]
+    """The frozen linear itself, of PEFT's or a plain one."""
+    return getattr(module, "base_layer", module)  # type: ignore[arg-type]
 
 
 def adapter_order(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
@@ -352,10 +355,9 @@ def _members(modules: Sequence[nn.Module]) -> list[Member]:
     for module in modules:
         rows = base_of(module).weight.shape[0]
         loras = []
-        for name in module.lora_A if isinstance(module, LoraLinear) else ():
-            assert isinstance(module, LoraLinear)
-            ranks = slice(rank, rank + len(module.lora_A[name].weight))  # type: ignore[arg-type]
-            loras.append(Lora(module, name, ranks))
+        for name, a in getattr(module, "lora_A", {}).items():
+            ranks = slice(rank, rank + len(a.weight))
+            loras.append(Lora(module, name, ranks))  # type: ignore[arg-type]
             rank = ranks.stop
         members.append(Member(module, slice(row, row + rows), tuple(loras)))
         row += rows
