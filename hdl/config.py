@@ -10,14 +10,22 @@ named with what was expected.
 """
 
 import argparse
+import json
 import re
 from itertools import takewhile
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NoReturn
+from types import UnionType
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, Union, get_args, get_origin
 
 import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, CliSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)  # fmt: skip
 
 from hdl.errors import HdlError
 from hdl.o1.patches import PATCH
@@ -31,7 +39,9 @@ Keep = Literal["everything", "products", "attention", "input"]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class Model(Section):
@@ -101,15 +111,15 @@ def _multiplier(value: Any) -> Any:
     return value.removesuffix("x") if isinstance(value, str) else value
 
 
-Multiplier = Annotated[float, BeforeValidator(_multiplier), Field(ge=0, allow_inf_nan=False)]  # 0.3 or "2x"
+Multiplier = Annotated[float, BeforeValidator(_multiplier), Field(ge=0)]  # 0.3 or "2x"
 
 
 class Source(Section):
     shards: str
     """What tools/prepare.py wrote with this base: a folder, a URL, or "pipe:COMMAND with {file}"."""
-    repeats: float = Field(1.0, ge=0, allow_inf_nan=False)
+    repeats: float = Field(1.0, ge=0)
     """Draws of each sample in an epoch, before tags."""
-    weight: float | None = Field(None, ge=0, allow_inf_nan=False)
+    weight: float | None = Field(None, ge=0)
     """Share of all draws, to the other sources' weights; of all sources or of none."""
     regularization: bool = False
     """Images of the general kind: their loss has the factor data.regularization_weight, none is held out."""
@@ -126,13 +136,13 @@ class Data(Section):
     """Several, by name; exactly how they are mixed: hdl/data/mixture.py."""
     tags: dict[str, Multiplier] = {}
     """Multipliers by tag or style: nsfw = 0.3, anime = "2x"; 0 leaves its samples out."""
-    regularization_weight: float = Field(1.0, ge=0, allow_inf_nan=False)
+    regularization_weight: float = Field(1.0, ge=0)
     """Factor of the loss of regularization sources' samples."""
     held_out: float = Field(0.0, ge=0, lt=1)
     """Share of images kept for validation.held_out_samples, chosen by the hash of the image."""
     cache: Path | None = None
     """Folder for shards fetched from elsewhere, on a disk of this machine; unset: in the user's cache folder."""
-    cache_gib: float = Field(20.0, gt=0, allow_inf_nan=False)
+    cache_gib: float = Field(20.0, gt=0)
     """What it may hold."""
     storage: dict[str, Any] = {}
     """Options for fsspec's file system, where shards are at a URL."""
@@ -196,7 +206,7 @@ class Lora(Section):
     rank_pattern: dict[str, Annotated[int, Field(ge=1, le=1024)]] = {}
     """Other ranks by PEFT's patterns: a regular expression for how module names end, the first that matches counts:
     "self_attn.q_proj" = 64 in every layer, 'layers\\.[0-3]\\..*' = 8 in the first four."""
-    alpha_pattern: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = {}
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
     """Other alphas, likewise."""
 
     @model_validator(mode="after")
@@ -227,7 +237,7 @@ class Flow(Section):
     perceptual: Path | None = None
     """Folder of a frozen image encoder, a ViT such as DINOv2's: the predicted picture's features are held to the clean
     one's, too (hdl/flow/perceptual.py); unset: no such part of the loss. Never downloaded."""
-    perceptual_weight: float = Field(0.1, gt=0, allow_inf_nan=False)
+    perceptual_weight: float = Field(0.1, gt=0)
     """Of that part: a sample's patches get this times (1 - sigma) times its features' mean cosine distance, 0 to 2."""
 
 
@@ -237,10 +247,11 @@ class Preserve(Section):
 
     share: float = Field(0.2, ge=0, lt=1)
     """Of all draws, where data.trigger is set; 0: none."""
-    weight: float = Field(16.0, ge=0, allow_inf_nan=False)
+    weight: float = Field(16.0, ge=0)
     """Factor of their loss."""
     prompts: Path | None = None
-    """Text file, a prompt a line, to ask with in place of the draws' own captions without the trigger."""
+    """Text file, a prompt a line, to ask with in place of the draws' own captions without the trigger. Packs of
+    train.micro_batch_tokens are cut for the captions: there, prompts longer than the draw's own are passed over."""
     regularization: bool = False
     """Whether draws of regularization sources are such ones too, with their captions, besides `share`."""
 
@@ -360,7 +371,7 @@ class Validation(Section):
     """Folder of pictures in the look, for an image encoder."""
     memorization: bool = False
     """Measure how near the pictures' patches come to those trained on (hdl/metrics/memorization.py)."""
-    drift_weight: float = Field(1.0, ge=0, allow_inf_nan=False)
+    drift_weight: float = Field(1.0, ge=0)
     """Of the score by which the best adapter is kept, gate - drift_weight x relative drift; needs style."""
     stop_after: int | None = Field(None, ge=1)
     """Validations without a better score after which the run ends; needs style."""
@@ -420,7 +431,7 @@ def load_run(arguments: list[str]) -> Run:
             **also_unused: PydanticBaseSettingsSource,
         ) -> tuple[PydanticBaseSettingsSource, ...]:
             parser = _Parser(prog="train.py CONFIG.toml ...", description=Run.__doc__)
-            line: CliSettingsSource[Any] = CliSettingsSource(
+            line = _Line(
                 settings_cls,
                 cli_parse_args=flags,
                 root_parser=parser,
@@ -435,6 +446,32 @@ def load_run(arguments: list[str]) -> Run:
     except ValidationError as error:
         where = f"{', '.join(map(str, files))}: " if files else ""
         raise HdlError(where + "; ".join(_explain(e) for e in error.errors())) from None
+    except SettingsError as error:
+        raise HdlError(f"command line: {error}; lists and tables are written as JSON there") from None
+
+
+class _Line(CliSettingsSource[Any]):
+    """Flags. Of lists: JSON, or a text that is taken whole, for prompts and regular expressions have commas in them."""
+
+    def _merge_parsed_list(self, parsed_list: list[str], field_name: str) -> str:
+        kinds = _kinds_of(field_name)
+        texts = [given for given in parsed_list if isinstance(given, str)]
+        if list not in kinds or not texts or any(text.lstrip().startswith("[") for text in texts):
+            return super()._merge_parsed_list(parsed_list, field_name)
+        return json.dumps(texts[0] if len(texts) == 1 and len(kinds) > 1 else texts)
+
+
+def _kinds_of(name: str) -> list[Any]:
+    """What a field's value can be: `list` for a list of anything."""
+    section, _, field = name.partition(".")
+    inner = (
+        getattr(Run.model_fields[section].annotation, "model_fields", {})
+        if section in Run.model_fields
+        else {}
+    )
+    annotation = inner[field].annotation if field in inner else None
+    either = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    return [get_origin(kind) or kind for kind in either]
 
 
 def _resume_alone(flags: list[str]) -> list[str]:

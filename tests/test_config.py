@@ -39,6 +39,30 @@ def test_the_resolved_config_says_the_same_again(toml: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
+    ("flags", "field", "value"),
+    [
+        (["--validation.prompts", "a style, a red house"], "validation.prompts", ["a style, a red house"]),
+        (["--validation.prompts", 'a "quoted" word'], "validation.prompts", ['a "quoted" word']),
+        (["--validation.prompts", '["a, b", "c"]'], "validation.prompts", ["a, b", "c"]),
+        (["--validation.prompts", "a, b", "--validation.prompts", "c"], "validation.prompts", ["a, b", "c"]),
+        (["--validation.prompts", "[]"], "validation.prompts", []),
+        (["--data.phrases", "b, c", "--data.trigger", "a"], "data.phrases", ["b, c"]),
+        (["--model.keep", "input"], "model.keep", "input"),
+        (["--model.keep", '["input", "everything"]'], "model.keep", ["input", "everything"]),
+        (["--lora.targets", r".*\.[01]\.q_proj{1,2}"], "lora.targets", r".*\.[01]\.q_proj{1,2}"),
+        (["--lora.targets", "all-linear"], "lora.targets", "all-linear"),
+        (["--lora.targets", '["q_proj", "k_proj"]'], "lora.targets", ["q_proj", "k_proj"]),
+        (["--train.betas", "0.9,0.95"], "train.betas", (0.9, 0.95)),
+        (["--lora.rank_pattern", '{"q_proj": 8}'], "lora.rank_pattern", {"q_proj": 8}),
+    ],
+    ids=lambda given: " ".join(given) if isinstance(given, list) and len(given) == 2 else None,
+)
+def test_lists_on_the_command_line(toml: Path, flags: list[str], field: str, value: object) -> None:
+    section, name = field.split(".")
+    assert getattr(getattr(load_run([str(toml), *flags]), section), name) == value
+
+
+@pytest.mark.parametrize(
     ("extra", "flags", "message"),
     [
         ("[lora]\nrnak = 3\n", [], r"unknown option lora.rnak \(did you mean lora.rank\?\)"),
@@ -56,6 +80,9 @@ def test_the_resolved_config_says_the_same_again(toml: Path, tmp_path: Path) -> 
             [],
             r"lora: rank_pattern 'q_proj\(' is not a regular expression",
         ),
+        ("", ["--lora.rank_pattern", "{q_proj"], r"command line: .*lora.rank_pattern.*written as JSON"),
+        ("", ["--data.tags", "nsfw"], r"command line: .*data.tags.*written as JSON"),
+        ("", ["--validation.prompts", "[a house"], r"command line: .*validation.prompts.*written as JSON"),
         ("[lora.rank_pattern]\nq_proj = 0\n", [], r"lora.rank_pattern.q_proj: .*greater than or equal to 1"),
     ],
 )

@@ -9,6 +9,7 @@ whose rates were measured. 1 GiB of the card is left to others (the desktop, CUD
 """
 
 import argparse
+import math
 from pathlib import Path
 
 import tomli_w
@@ -55,7 +56,10 @@ def main() -> None:
             f"{least.need.peak / GIB:.1f} GiB of {args.card - RESERVED:g}; fewer or smaller images, or a lower rank, need less"
         )
     if args.write:
-        args.write.write_text(f"# {describe(args)}\n{tomli_w.dumps(as_preset(best))}", encoding="utf-8")
+        try:
+            args.write.write_text(f"# {describe(args)}\n{tomli_w.dumps(as_preset(best))}", encoding="utf-8")
+        except OSError as error:
+            raise HdlError(f"--write {args.write}: cannot be written ({error.strerror})") from None
         print(f"\nwrote {args.write}: the fastest that fits")
 
 
@@ -116,8 +120,8 @@ def arguments() -> argparse.Namespace:
 
 def positive(text: str) -> float:
     value = float(text)
-    if not value > RESERVED:
-        raise argparse.ArgumentTypeError(f"{text}: expected more than {RESERVED:g} GiB")
+    if not RESERVED < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: expected more than {RESERVED:g} GiB, and a number")
     return value
 
 

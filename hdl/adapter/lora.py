@@ -62,6 +62,12 @@ def shape_of(lora: Lora) -> str:
     return f"{'DoRA ' if lora.dora else ''}rank {lora.rank}, targets {lora.targets}{patterns}"
 
 
+def scale_of(lora: Lora) -> str:
+    """What the same tensors are multiplied with: with another, what has been learnt comes to something else."""
+    patterns = f", alpha_pattern {lora.alpha_pattern}" if lora.alpha_pattern else ""
+    return f"alpha {lora.alpha:g}{', rslora' if lora.rslora else ''}{patterns}"
+
+
 class Switch:
     """Puts an attached adapter out of action, again and again.
 

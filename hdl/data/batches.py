@@ -147,18 +147,19 @@ def _joined(parts: Sequence[Tensor], pin: bool) -> Tensor:
 @dataclass(frozen=True)
 class Keeping:
     """How kept draws are asked for and counted. weight: factor of their loss; together: whether ranks can only make
-    forward passes together, so that one without kept draws has the base predict something, too."""
+    forward passes together, so that one without kept draws has the base predict something, too; as_cut: whether their
+    texts may be no longer than the captions that packs were cut for."""
 
     untriggered: Untriggered
     weight: float
     together: bool
+    as_cut: bool = False
 
     def reworded(self, samples: Sequence[Sample], picks: Picks) -> list[Sample]:
+        rooms = (picks.tokens - picks.patches).tolist() if self.as_cut else [None] * len(samples)
         return [
-            self.untriggered.reword(sample, int(number), int(tokens - patches)) if kept else sample
-            for sample, kept, number, tokens, patches in zip(
-                samples, picks.kept, picks.number, picks.tokens, picks.patches
-            )
+            self.untriggered.reword(sample, number, room) if kept else sample
+            for sample, kept, number, room in zip(samples, picks.kept, picks.number.tolist(), rooms)
         ]
 
     def for_base(self, plan: Plan, rank: int, number: int) -> list[int]:

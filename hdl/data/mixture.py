@@ -111,12 +111,15 @@ class Mixture:
         read = source.shards.read(i, 0)
         return replace(read, input_ids=empty.input_ids, text_embeds=empty.text_embeds, caption="")
 
-    def longest(self, count: int) -> list[SampleInfo]:
-        """At most `count` samples that are trained on: those with the most tokens, with their longest caption."""
+    def longest(self, count: int, prompt: int = 0) -> list[SampleInfo]:
+        """At most `count` samples that are trained on: those with the most tokens, with their longest caption. prompt:
+        tokens of one that may take a caption's place."""
         trained = np.flatnonzero(self.quotas.expected > 0)
         columns = self.columns
-        tokens = (columns.patches(trained) + columns.references[trained]) + columns.longest_text()[trained]
-        return [self.info(i) for i in trained[np.argsort(-tokens, kind="stable")[:count]].tolist()]
+        text = np.maximum(columns.longest_text()[trained], prompt)
+        tokens = (columns.patches(trained) + columns.references[trained]) + text
+        infos = [self.info(i) for i in trained[np.argsort(-tokens, kind="stable")[:count]].tolist()]
+        return [replace(info, text_tokens=[*info.text_tokens, prompt]) for info in infos]
 
     def parts(self) -> dict[str, np.ndarray]:
         """What shares are told of: bool [n] of each source, where there are several, and of each tag with a

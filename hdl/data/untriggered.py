@@ -34,7 +34,7 @@ class Untriggered:
         either = "|".join(_phrase(phrase) for phrase in phrases)
         self._trigger = re.compile(rf"(?:{either})[\s,.:;]*", re.IGNORECASE)
         for prompt in prompts:
-            if self._trigger.search(prompt):
+            if self.asks(prompt):
                 raise HdlError(
                     f"preserve.prompts: {prompt!r} holds the trigger or a phrase ({', '.join(phrases)}); these prompts are for "
                     "asking without them"
@@ -42,18 +42,31 @@ class Untriggered:
         self._prompts = [(prompt, encoder.ids(prompt)) for prompt in prompts]
         self._lock = Lock()  # tokenizers are not made for several threads
 
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens; 0 without a list."""
+        return max((len(ids) for _, ids in self._prompts), default=0)
+
+    @property
+    def shortest_prompt(self) -> int:
+        return min((len(ids) for _, ids in self._prompts), default=0)
+
+    def asks(self, caption: str) -> bool:
+        """Whether a phrase is in it."""
+        return self._trigger.search(caption) is not None
+
     def without(self, caption: str) -> str:
         """The caption with every phrase, and the comma behind it, taken out."""
         return self._trigger.sub("", caption).strip(" ,;:\n") or UNCONDITIONAL_PROMPT
 
-    def reword(self, sample: Sample, number: int, room: int) -> Sample:
+    def reword(self, sample: Sample, number: int, room: int | None) -> Sample:
         """The sample asked for without the trigger. number: of its draw, which chooses the prompt; room: tokens that
-        its text may take. A prompt of the list that is longer is passed over."""
+        its text may take, None for any: a prompt of the list that is longer is passed over."""
         if self._prompts and not sample.references:
             first = int(uniform_at(np.array([number]), self.seed, "prompt")[0] * len(self._prompts))
             for i in range(len(self._prompts)):
                 prompt, ids = self._prompts[(first + i) % len(self._prompts)]
-                if len(ids) <= room:
+                if room is None or len(ids) <= room:
                     return self._with(sample, prompt, ids)
         caption = self.without(sample.caption)
         if caption == sample.caption or not sample.caption:

@@ -188,17 +188,17 @@ class Loop:
         self.signals.stepping = True
         self.engine.train()  # dropout on; drawing pictures switches it off and on again
         try:
-            if self.done == 0:
-                self._validate()
+            if self.done == 0 or (self._is_due(self.run.validation.every) and not self._is_validated()):
+                self._validate()  # which a run that was stopped after its checkpoint has not come to
             while self.done < steps and not self._is_over():
                 concerned = self._step()
                 last = self.done == steps
                 asked = self._attend() if concerned else None
                 if asked and not last:
                     return self._stop_as_asked(asked)
-                if last or self.done % run.save.every == 0:
+                if self._is_due(run.save.every):
                     self._save()
-                if last or self.done % run.validation.every == 0:
+                if self._is_due(run.validation.every):
                     self._validate()
             self._save()  # where the run is over before its last step
             self.saver.finish()
@@ -214,6 +214,9 @@ class Loop:
             self.saver.close()
             if self.reporter:
                 self.reporter.close()
+
+    def _is_due(self, every: int) -> bool:
+        return self.done == self.run.train.steps or self.done % every == 0
 
     def _step(self) -> bool:
         """Whether a rank wants the run to be looked at before the next step."""
@@ -293,10 +296,9 @@ class Loop:
         if self.eased or not self.path.ease():
             prepared = self.prepared
             config = prepared.checkpoint.config
-            infos = prepared.mixture.longest(shares(self.run.train, self.processes.world)[0])
             raise HdlError(
                 f"step {step} ran out of memory ({'. '.join(said)}); what is saved in {prepared.folder.checkpoints} is "
-                f"good. To go on from there, {advice(self.run, config, infos, self.processes)}"
+                f"good. To go on from there, {advice(self.run, config, prepared.largest, self.processes)}"
             )
         self.eased = True
         gc.collect()
@@ -407,6 +409,12 @@ class Loop:
     def _validate(self) -> None:
         self._measure_held_out()
         self._draw_pictures()
+        if self.reporter:
+            self.prepared.folder.remember_validation(self.done)
+
+    def _is_validated(self) -> bool:
+        """Whether this step was, by the run that is continued."""
+        return bool(self.processes.gather(self.prepared.folder.last_validation())[0] >= self.done)
 
     def _measure_held_out(self) -> None:
         if not self.held_out.count:

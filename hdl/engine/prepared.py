@@ -5,13 +5,14 @@ from typing import Any
 
 import torch
 
-from hdl.adapter.lora import shape_of
+from hdl.adapter.lora import scale_of, shape_of
 from hdl.config import Run
 from hdl.data.batches import Keeping
 from hdl.data.locality import what_thrashes
 from hdl.data.mixture import Mixture, open_mixture
 from hdl.data.packing import Packs
 from hdl.data.picks import Draws
+from hdl.data.samples import SampleInfo
 from hdl.data.steps import BySamples, ByTokens, Cut
 from hdl.data.untriggered import Untriggered, check_phrase, read_prompts
 from hdl.engine.budget import settled
@@ -39,6 +40,7 @@ class Prepared:
     folder: RunFolder
     checkpoint: Checkpoint
     mixture: Mixture
+    largest: list[SampleInfo]  # that the memory was planned for
     keeping: Keeping | None
     encoder: Encoder | None  # of the perceptual loss
     validation: Validation
@@ -60,7 +62,10 @@ def prepare(run: Run, processes: Processes) -> Prepared:
     checkpoint = open_checkpoint(run.model.base, run.model.config_from, run.model.random_init)
     fingerprint = checkpoint.fingerprint()
     mixture = open_mixture(run.data, fingerprint)
-    largest = mixture.longest(micro)
+    validation = Validation(run, checkpoint, processes)
+    untriggered = _untriggered(run, checkpoint, mixture, validation.encoder)
+    as_cut = run.train.micro_batch_tokens is not None
+    largest = mixture.longest(micro, untriggered.longest_prompt if untriggered and not as_cut else 0)
     beside = tower_bytes(checkpoint, dtype) if mixture.pairs else 0
     encoder = read_encoder(run.flow.perceptual) if run.flow.perceptual else None
     beside += encoder.bytes(dtype, micro) if encoder else 0
@@ -68,14 +73,15 @@ def prepare(run: Run, processes: Processes) -> Prepared:
         run, checkpoint.config, largest, processes, fuses and not run.lora.dropout, beside
     )
     check_stream(run, checkpoint.config, dtype)
-    validation = Validation(run, checkpoint, processes)
-    untriggered = _untriggered(run, checkpoint, mixture, validation.encoder)
     metrics = Metrics(run, validation.encoder, mixture, processes)
-    trained_on = {"base": fingerprint, "data": mixture.dataset_hash, "adapter shape": shape_of(run.lora)}
+    trained_on = {
+        "base": fingerprint, "variant": run.model.variant, "data": mixture.dataset_hash,
+        "adapter shape": shape_of(run.lora), "adapter scale": scale_of(run.lora),
+    }  # fmt: skip
     keeping = None
     if untriggered:
         together = divides_weights(run.train) or run.model.shard > 0
-        keeping = Keeping(untriggered, run.preserve.weight, together)
+        keeping = Keeping(untriggered, run.preserve.weight, together, as_cut)
     folder, found = RunFolder(run.save.output), Found()
     cut_of(run, mixture, micro, {})  # for what can be wrong with it
     if processes.is_main:
@@ -86,7 +92,7 @@ def prepare(run: Run, processes: Processes) -> Prepared:
             found = folder.find(run, trained_on)
         folder.claim(run)
     return Prepared(
-        run, dtype, fuses, expected, folder, checkpoint, mixture, keeping, encoder, validation, metrics, trained_on,
+        run, dtype, fuses, expected, folder, checkpoint, mixture, largest, keeping, encoder, validation, metrics, trained_on,
         found,
     )  # fmt: skip
 
@@ -106,9 +112,21 @@ def _untriggered(
     for phrase in run.data.all_phrases:
         check_phrase(mixture, "data.trigger" if phrase == trigger else "data.phrases", phrase)
     if not preserve.share and not preserve.regularization:
+        if preserve.prompts:
+            raise HdlError(
+                "preserve.prompts: no draw is kept that could ask with them; set preserve.share above 0"
+            )
         return None
     prompts = read_prompts(preserve.prompts) if preserve.prompts else []
-    return Untriggered(encoder or PromptEncoder(checkpoint), run.data.all_phrases, run.train.seed, prompts)
+    encoder = encoder or PromptEncoder(checkpoint)
+    untriggered = Untriggered(encoder, run.data.all_phrases, run.train.seed, prompts)
+    longest = int(mixture.columns.longest_text().max())
+    if run.train.micro_batch_tokens and untriggered.shortest_prompt > longest:
+        raise HdlError(
+            f"preserve.prompts {preserve.prompts}: every prompt is longer than the longest caption ({longest} tokens), and packs "
+            "of train.micro_batch_tokens have no room for them; shorten some, or cut by train.micro_batch_size"
+        )
+    return untriggered
 
 
 def cut_of(run: Run, mixture: Mixture, micro: int, state: dict[str, Any]) -> Cut:
@@ -138,13 +156,16 @@ def announce(prepared: Prepared, processes: Processes, cut: Cut, done: int) -> N
     )
     print(prepared.mixture.describe())
     if prepared.keeping:
-        share = f"{run.preserve.share:.0%} of the draws"
+        sources = "all of the regularization sources'" if run.preserve.regularization else ""
+        shares_kept = [f"{run.preserve.share:.0%} of the draws" if run.preserve.share else "", sources]
         asked = (
             f"prompts of {run.preserve.prompts}"
             if run.preserve.prompts
             else "their captions without the trigger"
         )
-        print(f"preserving: {share} ask with {asked} and are pulled to the base's own prediction")
+        print(
+            f"preserving: {' and '.join(filter(None, shares_kept))} ask with {asked} and are pulled to the base's own prediction"
+        )
     elif run.data.trigger is None:
         print("preserving nothing: data.trigger is not set (hdl/flow/step.py)")
     if prepared.mixture.pairs:

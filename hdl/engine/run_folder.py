@@ -7,6 +7,7 @@ best/                with validation.style: the adapter that scored best, and it
 checkpoints/         step-NNNNNN: what --resume continues from
 pictures/            step-NNNNNN.png: validation prompts without and with the adapter, and with its average
 tensorboard/         curves and the same pictures
+validated            how many steps had been taken at the last validation that came to its end
 skipped.jsonl        steps that were not taken, and their samples
 summary.html         the page that shows all this, written when the run has ended (tools/summary.py: at any time)
 requeue              there while the run has stopped because it was asked to: start it again with --resume auto
@@ -31,7 +32,7 @@ from hdl.errors import HdlError
 
 PATIENCE = 10.0  # seconds for a run that has just been killed to let go of the folder
 LOCK_FILE = ".lock"
-BEFORE_CONFIG = {LOCK_FILE, ".config.toml.partial"}  # what a start that was killed may leave
+OF_A_START = {LOCK_FILE, ".config.toml.partial", "config.toml"}  # which ended before anything was made
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,13 @@ class RunFolder:
         self.tensorboard = path / "tensorboard"
         self.skipped = path / "skipped.jsonl"
         self.requeue = path / "requeue"
+        self.validated = path / "validated"
         self._lock: IO[str] | None = None
 
     def check(self, run: Run) -> None:
         """HdlError unless the folder is new, empty, or that of the run to resume."""
         used = self.path.exists() and (
-            not self.path.is_dir() or any(p.name not in BEFORE_CONFIG for p in self.path.iterdir())
+            not self.path.is_dir() or any(map(_is_worth_keeping, self.path.iterdir()))
         )
         if used and (run.resume == "no" or (run.resume == "auto" and not self.config.is_file())):
             what = "the output of another run" if self.config.exists() else "not an empty folder"
@@ -120,7 +122,7 @@ class RunFolder:
             return Found()
         state = read_state(newest)
         for what, now in trained_on.items():
-            if state.get(what) != now:
+            if state.get(what, now) != now:  # earlier versions of hdl have not written all of it
                 raise HdlError(
                     f"{newest} is of another {what} ({state.get(what)}) than this config's ({now}); resume it with its "
                     "own config.toml, or start in another folder"
@@ -141,5 +143,20 @@ class RunFolder:
         except OSError as error:
             raise HdlError(f"save.output {self.path} cannot be written to ({error})") from None
 
+    def remember_validation(self, step: int) -> None:
+        self.validated.write_text(f"{step}\n")
+
+    def last_validation(self) -> int:
+        """The step of the last validation; -1 when there is none, or it cannot be told."""
+        try:
+            return int(self.validated.read_text())
+        except (OSError, ValueError):
+            return -1
+
     def ask_for_requeue(self, signal: str, step: int) -> None:
         self.requeue.write_text(json.dumps({"signal": signal, "step": step}) + "\n")
+
+
+def _is_worth_keeping(found: Path) -> bool:
+    """Whether something in a run's folder is more than a start leaves that ended before its first step."""
+    return any(found.iterdir()) if found.is_dir() else found.name not in OF_A_START

@@ -72,11 +72,7 @@ class Skipping:
         self._losses: deque[float] = deque(state.get("losses", []), maxlen=WINDOW)
         if file and file.exists():
             lines = file.read_text().splitlines(keepends=True)
-            kept = [
-                line
-                for line in lines
-                if line.endswith("}\n") and json.loads(line)["step"] <= state.get("step", 0)
-            ]
+            kept = [line for line in lines if _step_of(line) <= state.get("step", 0)]
             file.write_text("".join(kept))
 
     def state(self) -> dict[str, Any]:
@@ -108,6 +104,14 @@ class Skipping:
             line = {"step": step, "why": why, "samples": [{"key": k, "sigma": s} for k, s in samples]}
             with open(self.file, "a") as file:
                 file.write(json.dumps(line) + "\n")
+
+
+def _step_of(line: str) -> float:
+    """Of a line of skipped.jsonl; infinite for one that was not written to its end."""
+    try:
+        return float(json.loads(line)["step"]) if line.endswith("}\n") else math.inf
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 def described(samples: list[tuple[str, float]]) -> str:

@@ -57,8 +57,9 @@ def gathered_for_peft(settings: dict[str, Any]) -> Iterator[None]:
 
 
 def share_with_dora(adapted: PeftModel) -> None:
-    """Have each frozen weight there whenever DoRA's layer computes, a module beside the one that owns the weight."""
+    """Have the weights that DoRA's layer reads there whenever it computes: it is a module beside those that own them."""
     for module in adapted.modules():
         if isinstance(module, LoraLayer):
-            for dora in module.lora_magnitude_vector.values():
+            for name, dora in module.lora_magnitude_vector.items():
                 deepspeed.zero.register_external_parameter(dora, module.get_base_layer().weight)
+                deepspeed.zero.register_external_parameter(dora, module.lora_A[name].weight)

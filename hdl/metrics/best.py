@@ -10,6 +10,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from hdl.errors import HdlError
+
 BEST_FILE = "best.json"
 
 
@@ -28,11 +30,17 @@ def judged(step: int, gate: float, drift: float, drift_weight: float) -> Judged:
 
 
 def read_best(folder: Path) -> Judged | None:
-    """What a run's folder of the best adapter says of it; None where there is none yet."""
+    """What a run's folder of the best adapter says of it; None where there is none yet. HdlError where it says nothing
+    of the kind."""
+    file = folder / BEST_FILE
     try:
-        return Judged(**json.loads((folder / BEST_FILE).read_text()))
+        return Judged(**json.loads(file.read_text()))
     except FileNotFoundError:
         return None
+    except (OSError, ValueError, TypeError) as error:
+        raise HdlError(
+            f"{file} is damaged ({error}); move {folder} away, and the best is found anew"
+        ) from None
 
 
 def best_text(best: Judged) -> str:

@@ -53,7 +53,7 @@ class Metrics:
         prompts, self.triggered = self.settings.prompts, [False] * len(self.settings.prompts)
         if self.trigger and encoder:
             untriggered = Untriggered(encoder, run.data.all_phrases, run.train.seed)
-            self.triggered = [untriggered.without(p) != p for p in prompts]
+            self.triggered = [untriggered.asks(p) for p in prompts]
             if self.settings.drift:
                 for i, prompt in enumerate(dict.fromkeys(untriggered.without(p) for p in prompts)):
                     self.without.append(self._request(encoder, prompt, i))
@@ -62,6 +62,9 @@ class Metrics:
             self._check_both()
             if processes.is_main:  # who has all pictures
                 self.score = open_score(self.settings.style, self.settings.style_references, processes.device)
+                self.score(
+                    Image.new("RGB", (self.settings.width, self.settings.height))
+                )  # what fails does so now
         self._patches: Tensor | None = None
 
     def report(

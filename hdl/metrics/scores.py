@@ -8,6 +8,7 @@ Scores should lie between 0 and 1, so that a gate, the difference of two of them
 """
 
 import importlib
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -101,8 +102,8 @@ def _function(named: str) -> Score:
     sys.path.insert(0, "")  # a module beside the config, as `python -m` would find it
     try:
         function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise HdlError(f"validation.style {named!r} cannot be imported ({error})") from None
+    except Exception as error:  # whatever it does when it is imported
+        raise HdlError(f"validation.style {named!r} cannot be imported ({error!r})") from None
     finally:
         sys.path.remove("")
     if not callable(function):
@@ -115,8 +116,12 @@ def _function(named: str) -> Score:
             found = function(picture)
         except Exception as error:  # anything may be wrong with it
             raise HdlError(f"validation.style {named!r} failed ({error!r})") from error
-        if not isinstance(found, int | float):
-            raise HdlError(f"validation.style {named!r} returned {found!r}; expected a number")
-        return float(found)
+        try:
+            value = float(found)
+        except (TypeError, ValueError):
+            value = math.nan
+        if not math.isfinite(value):
+            raise HdlError(f"validation.style {named!r} returned {found!r}; expected a finite number")
+        return value
 
     return score

@@ -25,8 +25,12 @@ WIDEST, TALLEST = 1600, 16000  # px of one; browsers have a bound of their own n
 QUALITY = 88  # of JPEG
 ROWS = 100  # skipped steps that are listed
 
-HIGHER, LOWER = ("gate", "style/"), ("drift", "memorization", "held_out/")  # is better
-METRICS = (*HIGHER, *LOWER, "change")  # what a change is worth is for the reader to say
+# Is better. Of the other metrics, what a change or a distance from the training pictures is worth is for the reader to say.
+HIGHER, LOWER = (
+    ("style/with", "style/gate", "style/score"),
+    ("style/without", "drift", "held_out/", "held_out_ema/"),
+)
+METRICS = ("style/", "drift", "held_out/", "held_out_ema/", "memorization", "change")
 NOISY = ("loss", "grad_norm", "x0_error", "speed/")  # are smoothed
 SHARES = "data/share/"  # of the sources, together in one chart
 FIRST, LAST = ("training", "x0_error", "metrics", "held_out"), ("data", "speed", "memory", "save")
@@ -127,11 +131,11 @@ def metric_section(curves: dict[str, Curve]) -> str:
 def best_of(tag: str, curve: Curve) -> tuple[int | None, str]:
     """The first step at which it was best, and a sign for which way that is; no step where neither way is better."""
     finite = {step: value for step, value in curve.items() if math.isfinite(value)}
-    if not finite or not tag.startswith(HIGHER + LOWER):
-        return None, ""
-    if tag.startswith(HIGHER):
+    if finite and tag in HIGHER:
         return max(finite, key=finite.__getitem__), "↑ "
-    return min(finite, key=finite.__getitem__), "↓ "
+    if finite and tag.startswith(LOWER):
+        return min(finite, key=finite.__getitem__), "↓ "
+    return None, ""
 
 
 def _cell(curve: Curve, step: int | None, sign: str = "") -> str:

@@ -128,6 +128,9 @@ def test_prompts_of_a_list_take_turns_where_they_fit(mixture: Mixture, encoder: 
     sample = mixture.read(0, 0)
     said = [untriggered.reword(sample, number, room=40).caption for number in range(200)]
     assert set(said) == set(prompts[:2])
+    anywhere = {untriggered.reword(sample, number, room=None).caption for number in range(200)}
+    assert anywhere == set(prompts)
+    assert untriggered.longest_prompt == len(encoder.ids(prompts[2])) > 40 > untriggered.shortest_prompt
     assert untriggered.reword(sample, 5, room=2).caption == untriggered.without(sample.caption)
     (reworded,) = {untriggered.reword(sample, 5, room=40).caption for _ in range(3)}
     assert encoder.ids(reworded) == untriggered.reword(sample, 5, room=40).input_ids.tolist()

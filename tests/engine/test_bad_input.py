@@ -197,6 +197,12 @@ def test_a_checkpoint_of_another_adapter_base_or_data_is_not_resumed(
     assert re.search(
         r"another adapter shape \(rank 4, targets .*\) than this config's \(rank 8", resumed.printed
     )
+    for options, said in (
+        ({"lora__alpha": 400}, r"another adapter scale \(alpha 32\) than this config's \(alpha 400\)"),
+        ({"model__variant": "dev"}, r"another variant \(full\) than this config's \(dev\)"),
+    ):
+        resumed = launch(resume=True, **options)
+        assert resumed.status == 1 and re.search(said, resumed.printed), resumed.printed
     assert (run.output / "config.toml").read_text() == config
     base = tmp_path / "base"
     shutil.copytree(tiny_base, base)

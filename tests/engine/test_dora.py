@@ -87,6 +87,20 @@ def test_the_strategy_changes_nothing(launch: Launch) -> None:
     assert_same_losses(whole, resumed)
 
 
+def test_pictures_come_first_where_weights_are_divided(launch: Launch) -> None:
+    """Before any forward pass through the model's root, after which DeepSpeed would know what DoRA reads."""
+    drawn = PICTURES | {"validation__prompts": ["coins"], "validation__steps": 1, "validation__drift": False}
+    for stage in (2, 3):
+        run = launch(f"zero{stage}", train__deepspeed=f"ds_configs/zero{stage}.json", train__steps=2, train__warmup_steps=1,
+                     **DORA, **drawn)  # fmt: skip
+        assert run.status == 0, run.printed
+    sheets = [
+        np.asarray(Image.open(run.output.parent / f"zero{stage}/pictures/step-000002.png"), int)
+        for stage in (2, 3)
+    ]
+    assert np.abs(sheets[0] - sheets[1]).max() <= 3
+
+
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [

@@ -12,14 +12,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.engine.conftest import Launch
 from tests.engine.forked import Server
 
-# Scores the validation's pictures by a script: of the prompts asked for with the trigger and without, in turn.
+# Scores the validation's pictures by a script, after the blank one that it is tried out with: of the prompts asked for
+# with the trigger and without, in turn.
 SCORES = """
-COUNT = iter(range(1000))
+COUNT = iter(range(-1, 1000))
 WITH = {scores}
 
 def score(picture):
     number = next(COUNT)
-    return WITH[number // 2] if number % 2 == 0 else 0.1
+    return WITH[number // 2] if number % 2 == 0 and number >= 0 else 0.1
 """
 MEASURED = {
     "data__trigger": "a photograph", "preserve__share": 0.25,  # a draw of every step of four

@@ -170,6 +170,24 @@ def test_every_step_is_reported_under_its_own_number(launch: Launch) -> None:
     assert "5 steps, median" in each.printed and "5 steps, median" in never.printed
 
 
+def test_a_validation_that_a_stopped_run_did_not_come_to_is_made_up_for(launch: Launch) -> None:
+    """The checkpoint of its step is written before it."""
+    options = {name: PICTURES[name] for name in PICTURES if name.startswith("validation")}
+    options["validation__drift"] = False
+    whole = launch(**options)
+    assert whole.status == 0, whole.printed
+    picture, validated = whole.output / "pictures/step-000004.png", whole.output / "validated"
+    drawn = picture.read_bytes()
+    for last, made_up in (("4", False), ("2", True), ("not a number", True)):
+        picture.unlink(missing_ok=True)
+        validated.write_text(last)
+        again = launch(resume=True, **options)
+        assert again.status == 0, again.printed
+        assert picture.exists() is made_up and ("pictures after 4 steps" in again.printed) is made_up
+        assert not made_up or picture.read_bytes() == drawn
+        assert validated.read_text().strip() == "4"
+
+
 def test_resuming_continues_as_if_nothing_had_happened(launch: Launch) -> None:
     """Dropout, schedule, data and noise included; saved on two ranks with ZeRO-3, resumed on one with ZeRO-2."""
     options = {"lora__dropout": 0.0, "train__schedule": "cosine", "data__caption_dropout": 0.5}

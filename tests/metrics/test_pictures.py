@@ -53,16 +53,22 @@ def test_a_function_of_the_users_is_a_score(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     Path("my_measure.py").write_text(
         "def redness(picture):\n    return picture.getpixel((0, 0))[0] / 255\n\n\ndef silent(picture):\n    pass\n\n\n"
-        "def broken(picture):\n    raise ValueError('no mouth in it')\n\n\nCONSTANT = 3\n"
+        "def broken(picture):\n    raise ValueError('no mouth in it')\n\n\nCONSTANT = 3\n\n\n"
+        "def exact(picture):\n    import numpy\n    return numpy.float32(0.5)\n\n\n"
+        "def lost(picture):\n    return float('nan')\n"
     )
+    Path("my_mistake.py").write_text("def f(:\n")
+    assert open_score("my_measure:exact", None, CPU)(flat((0, 0, 0))) == 0.5
     assert open_score("my_measure:redness", None, CPU)(flat((51, 0, 0))) == pytest.approx(0.2)
-    with pytest.raises(HdlError, match="returned None; expected a number"):
+    with pytest.raises(HdlError, match="returned None; expected a finite number"):
         open_score("my_measure:silent", None, CPU)(flat((0, 0, 0)))
+    with pytest.raises(HdlError, match="returned nan; expected a finite number"):
+        open_score("my_measure:lost", None, CPU)(flat((0, 0, 0)))
     with pytest.raises(HdlError, match=r"my_measure:broken.*ValueError.*no mouth in it"):
         open_score("my_measure:broken", None, CPU)(flat((0, 0, 0)))
     for wrong, said in (
         ("my_measure:CONSTANT", "is no function"), ("my_measure:nothing", "cannot be imported"),
-        ("nowhere:f", "cannot be imported"), ("my_measure", "neither the folder of an image encoder nor a function"),
+        ("nowhere:f", "cannot be imported"), ("my_mistake:f", "cannot be imported"), (":f", "cannot be imported"), ("my_measure", "neither the folder of an image encoder nor a function"),
     ):  # fmt: skip
         with pytest.raises(HdlError, match=said):
             open_score(wrong, None, CPU)

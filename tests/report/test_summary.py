@@ -77,7 +77,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder,
         {
             "loss": {step: 1 / step + (step % 7) / 100 for step in range(1, 501)},
-            "gate/with_trigger": {0: 0.1, 250: 0.9, 500: 0.8},
+            "style/with": {0: 0.1, 250: 0.9, 500: 0.8},
+            "style/without": {0: 0.1, 250: 0.3, 500: 0.2},
+            "memorization/adapter": {0: 0.5, 500: 0.1},
+            "held_out_ema/loss": {0: 0.5, 500: 0.3},
             "drift": {0: 0.0, 250: 0.03, 500: 0.02},
             "change": {0: 0.0, 500: 0.5},
             "held_out/loss": {0: 0.5, 250: math.nan, 500: 0.4},
@@ -114,7 +117,10 @@ def test_the_top_says_which_run_it_is_and_where_its_adapters_are(run: Path) -> N
 
 def test_metrics_have_their_first_best_and_last_value(run: Path) -> None:
     html, _ = summary(run)
-    assert row(html, "gate/with_trigger") == ["0.1 step 0", "↑ 0.9 step 250", "0.8 step 500"]
+    assert row(html, "style/with") == ["0.1 step 0", "↑ 0.9 step 250", "0.8 step 500"]
+    assert row(html, "style/without") == ["0.1 step 0", "↓ 0.1 step 0", "0.2 step 500"]
+    assert row(html, "memorization/adapter") == ["0.5 step 0", "–", "0.1 step 500"]
+    assert row(html, "held_out_ema/loss") == ["0.5 step 0", "↓ 0.3 step 500", "0.3 step 500"]
     assert row(html, "drift") == ["0 step 0", "↓ 0 step 0", "0.02 step 500"]
     assert row(html, "held_out/loss") == ["0.5 step 0", "↓ 0.4 step 500", "0.4 step 500"]
     assert row(html, "change") == ["0 step 0", "–", "0.5 step 500"]
