@@ -217,6 +217,15 @@ def test_a_checkpoint_of_another_adapter_base_or_data_is_not_resumed(
     )
 
 
+def test_a_run_that_ended_before_its_first_step_leaves_its_folder_to_the_next(launch: Launch) -> None:
+    wrong = launch(lora__targets="q_porj", train__steps=2, train__warmup_steps=1)
+    assert wrong.status == 1 and "lora.targets 'q_porj' fits no linear of the model" in wrong.printed
+    right = launch(train__steps=2, train__warmup_steps=1)
+    assert right.status == 0, right.printed
+    again = launch(train__steps=2, train__warmup_steps=1)
+    assert again.status == 1 and "is the output of another run" in again.printed
+
+
 def test_an_environment_that_describes_half_a_group() -> None:
     whole = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
     assert check_described({}) and check_described({"WORLD_SIZE": "1"}) and not check_described(whole)
