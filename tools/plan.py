@@ -51,6 +51,11 @@ def main() -> None:
     best = found[0].strategy
     if best is None:
         least = min(found, key=lambda c: c.need.peak)
+        if least.need.peak <= (args.card - RESERVED) * GIB:
+            raise HdlError(
+                f"nothing fits {args.card:g} GiB without the host's memory: {least.weights} weights, all streamed and everything "
+                f"recomputed, take {least.need.on_host(args.gpus) / GIB:.1f} GiB there, and --host is {args.host:g}"
+            )
         raise HdlError(
             f"nothing fits {args.card:g} GiB: {least.weights} weights, all streamed and everything recomputed, take "
             f"{least.need.peak / GIB:.1f} GiB of {args.card - RESERVED:g}; fewer or smaller images, or a lower rank, need less"

@@ -402,6 +402,11 @@ def test_the_tool_writes_a_preset_that_a_run_takes(tmp_path: Path) -> None:
         (("--card", "3"), "nothing fits 3 GiB: nf4"),
         (("--card", "24", "--size", "1000x1000"), "--size 1000x1000: expected WIDTHxHEIGHT"),
         (("--card", "0.5"), "expected more than 1 GiB"),
+        (("--card", "6", "--host", "1"), "nothing fits 6 GiB without the host's memory: nf4"),
+        (
+            ("--card", "24", "--write", "/no folder/preset.toml"),
+            "--write /no folder/preset.toml: cannot be written",
+        ),
     ],
 )
 def test_the_tool_says_what_cannot_be(arguments: tuple[str, ...], said: str) -> None:
