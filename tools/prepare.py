@@ -6,7 +6,7 @@ python tools/prepare.py IMAGES OUT --base CHECKPOINT --trigger "kotonia style"
 import argparse
 import os
 
-from hdl.errors import command_line
+from hdl.errors import HdlError, command_line
 
 
 def main() -> None:
@@ -39,7 +39,13 @@ def main() -> None:
     if args.report:
         from hdl.survey.report import write_report_page
 
-        print(f"curation report: {write_report_page(summary, options.sizes.areas, args.workers)}")
+        try:
+            print(f"curation report: {write_report_page(summary, options.sizes.areas, args.workers)}")
+        except OSError as error:
+            raise HdlError(
+                f"{args.out}: the shards are complete, but no report.html could be written there "
+                f"({error.strerror}); make room, and run again"
+            ) from None
 
 
 def arguments() -> argparse.Namespace:

@@ -24,6 +24,11 @@ def sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def temporary_of(path: Path) -> Path:
+    """Where a caption is written before it is in place: a name of its own, and no longer, as names have a longest."""
+    return path.with_name(f".{sha256(path.name)[:16]}.tmp")
+
+
 class Records:
     """The records of an images folder. HdlError where they cannot be read or the folder cannot be written."""
 
@@ -77,7 +82,7 @@ class Records:
         # One write in append mode: lines of several ranks do not mix. ASCII, so that any answer can be written.
         os.write(self.descriptor, (json.dumps(record) + "\n").encode())
         os.fsync(self.descriptor)
-        temporary = path.with_name(f".{path.name}.tmp")
+        temporary = temporary_of(path)
         with open(temporary, "w", encoding="utf-8") as file:
             file.write(caption + "\n")
             file.flush()

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from hdl.caption.models import LocalModel, device_for
 from hdl.caption.question import Answer, Backend, Question
 from hdl.caption.records import BY_HAND, MISSING, Records
-from hdl.caption.rules import EMPTY, REFUSED, caption_of
+from hdl.caption.rules import EMPTY, REFUSED, TOO_LONG, caption_of
 from hdl.caption.server import Server
 from hdl.caption.settings import Settings, placeholders
 from hdl.caption.sheet import Row, write_sheet
@@ -210,7 +210,7 @@ class Job:
                             raise answer
                         text = caption_of(answer, question.look, self.settings)
                     except Skip as skip:
-                        if drawn_again and skip.kind in (EMPTY, REFUSED):
+                        if drawn_again and skip.kind in (EMPTY, REFUSED, TOO_LONG):
                             again.append(replace(question, seed=derive_seed(question.seed, "again")))
                             continue
                         self.failed(question, skip)
@@ -231,6 +231,7 @@ class Job:
         if skip.kind not in (
             EMPTY,
             REFUSED,
+            TOO_LONG,
             "server error",
         ):  # the image itself, the same for all its captions
             outcome = Outcome(question.source, question.source, "unreadable", skip.reason)

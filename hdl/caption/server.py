@@ -31,15 +31,25 @@ class Server:
         assert settings.server
         self.settings, self.url = settings, settings.server.rstrip("/")
         key = os.environ.get("OPENAI_API_KEY")
-        self.client = httpx.Client(
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-            timeout=httpx.Timeout(SECONDS, connect=10),
-            limits=httpx.Limits(max_connections=settings.batch_size),
-        )
-        response = self._send("GET", "/models")
+        try:
+            self.client = httpx.Client(
+                headers={"Authorization": f"Bearer {key}"} if key else {},
+                timeout=httpx.Timeout(SECONDS, connect=10),
+                limits=httpx.Limits(max_connections=settings.batch_size),
+            )
+            response = self._send("GET", "/models")
+        except httpx.InvalidURL as error:
+            raise HdlError(
+                f"--server {self.url}: no URL ({error}); expected one as http://localhost:8000/v1"
+            ) from None
+        except UnicodeEncodeError:
+            raise HdlError("OPENAI_API_KEY: holds letters that no key has; expected plain ASCII") from None
         if response.status_code != 200:
             raise self._error(response, "expected the list of models; give the URL up to and with /v1")
-        models = [model["id"] for model in self._json(response).get("data", [])]
+        try:
+            models = [str(model["id"]) for model in self._json(response)["data"]]
+        except (KeyError, TypeError):
+            raise self._error(response, "expected a list of models") from None
         if settings.model not in models:
             raise HdlError(
                 f"{self.url}: has no model {settings.model!r}, only {', '.join(map(repr, models)) or 'none'}; give one "
@@ -78,7 +88,7 @@ class Server:
             raise Skip("server error", f"the server answered {told(response)}")
         try:
             choice = self._json(response)["choices"][0]
-            return Answer(choice["message"]["content"] or "", choice.get("finish_reason") == "length")
+            return Answer(_said(choice["message"]["content"]), choice.get("finish_reason") == "length")
         except (KeyError, IndexError, TypeError, AttributeError):
             raise self._error(response, "expected a chat completion") from None
 
@@ -106,11 +116,20 @@ class Server:
     def _json(self, response: httpx.Response) -> Any:
         try:
             return response.json()
-        except ValueError:
+        except (ValueError, RecursionError):
             raise self._error(response, "expected JSON") from None
 
     def _error(self, response: httpx.Response, expected: str) -> HdlError:
         return HdlError(f"{self.url}: the server answered {told(response)}; {expected}")
+
+
+def _said(content: str | list[dict[str, str]] | None) -> str:
+    """A message's text, which may come in parts. TypeError where it is something else."""
+    if isinstance(content, list):
+        content = "".join(part.get("text", "") for part in content)
+    if not isinstance(content, str | None):
+        raise TypeError(content)
+    return content or ""
 
 
 def told(response: httpx.Response) -> str:

@@ -16,10 +16,11 @@ MEANINGS = {  # in the order of the summary; the rules' and records' own words a
     "by hand": "written or edited by hand, left alone (--overwrite replaces them)",
     "empty": "without a caption: the model answered with nothing",
     "refused": "without a caption: the model refused",
+    "too long": "without a caption: the model's answer is longer than any caption may be",
     "server error": "without a caption: the server failed",
     "unreadable": "images that cannot be read",
 }
-NAMED = ("by hand", "empty", "refused", "server error", "unreadable")
+NAMED = ("by hand", "empty", "refused", "too long", "server error", "unreadable")
 PHRASE_WORDS = (4, 5, 6)
 MAX_PHRASES, MAX_NAMED = 12, 8
 

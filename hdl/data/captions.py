@@ -194,9 +194,9 @@ def read_styles(folder: Path, images: list[str]) -> dict[str, Look]:
     HdlError where the file is malformed or names images that are not there.
     """
     path = folder / STYLES_FILE
-    if not path.exists():
-        return {}
     try:
+        if not path.exists():
+            return {}
         content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_no_duplicates)
     except OSError as error:
         raise HdlError(f"{path}: cannot be read ({error.strerror})") from None
@@ -204,7 +204,7 @@ def read_styles(folder: Path, images: list[str]) -> dict[str, Look]:
         raise HdlError(f"{path}: not UTF-8; save it as UTF-8") from None
     except json.JSONDecodeError as error:
         raise HdlError(f"{path}: not JSON (line {error.lineno}, column {error.colno}: {error.msg})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise HdlError(f"{path}: {error}") from None
     try:
         styles = TypeAdapter(dict[str, Look]).validate_python(content)
@@ -234,6 +234,8 @@ def check_options(
         raise HdlError(
             "--trigger-styles and --trigger-tags say where the trigger goes, but there is no --trigger"
         )
+    if options.trigger is not None and not options.trigger.strip():
+        raise HdlError(f"--trigger {options.trigger!r}: no phrase; give one, or leave --trigger out")
     known_styles = {look.style for look in styles.values() if look.style}
     known_tags = {tag for look in styles.values() for tag in look.tags}
     for option, names, known in (

@@ -91,6 +91,8 @@ def list_folder(root: Path, leave_out: Path) -> Folder:
             texts.add(relative)
         elif relative != STYLES_FILE:
             skips[relative] = Skip("not an image", f"not an image ({' '.join(SUFFIXES)}) nor a .txt caption")
+    if "" in skips:
+        raise HdlError(f"{root}: {skips[''].reason}")
     images, references = _part_references(images, unusable, texts)
     further = _assign_texts(images, texts, skips)
     if not images:

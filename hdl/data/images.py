@@ -18,6 +18,7 @@ from contextlib import contextmanager
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps
+from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
 
 from hdl.data.buckets import FULL, PATCH, Shrunk
 
@@ -112,7 +113,12 @@ def open_image(data: bytes) -> Image.Image:
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """Width and height once the image is turned as its EXIF says; it need not be decoded."""
-    return (image.height, image.width) if _orientation(image) in (5, 6, 7, 8) else image.size
+    width, height = image.size
+    if isinstance(
+        image, TiffImageFile
+    ):  # whose size Pillow turns when it opens the file, or only when it decodes it
+        width, height = image.tag_v2[IMAGEWIDTH], image.tag_v2[IMAGELENGTH]
+    return (height, width) if _orientation(image) in (5, 6, 7, 8) else (width, height)
 
 
 def shrink_on_decoding(image: Image.Image, scale: float) -> Shrunk:

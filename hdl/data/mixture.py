@@ -68,11 +68,19 @@ class Mixture:
         _check_pairs(self.sources, columns)
         self.regularization = np.array([source.regularization for source in sources])[columns.source]
         regularization = self.regularization
-        kept_back = (columns.image < held_out) & ~regularization
+        counts = self._counts()
+        weights = np.array([1.0 if source.weight is None else source.weight for source in sources])
+        drawn = (counts > 0) & (weights[columns.source] > 0)
+        kept_back = (columns.image < held_out) & ~regularization & drawn
+        if held_out and drawn.any() and not kept_back.any():
+            raise HdlError(
+                f"data.held_out {held_out:g}: of {np.unique(columns.image[drawn & ~regularization]).size:,} images none is in "
+                "that share, which goes by a hash of each; raise it, or set it to 0"
+            )
         chosen = np.flatnonzero(kept_back)
         self.held_out = chosen[np.lexsort((chosen, columns.image[chosen]))]
         self.loss_weight = np.where(regularization, regularization_weight, 1.0).astype(np.float32)
-        counts = np.where(kept_back, 0.0, self._counts())
+        counts = np.where(kept_back, 0.0, counts)
         if not counts.sum() > 0:
             raise HdlError(_why_empty(self.sources, columns, kept_back))
         self.quotas = Quotas(_weighted(self.sources, columns, counts), columns.source)

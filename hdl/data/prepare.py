@@ -52,7 +52,7 @@ from hdl.o1.visual import Eyes
 NO_LOOK = Look()
 NOT_IN_KEYS = re.compile(r"[^A-Za-z0-9_-]+")
 # To be raised when the same inputs give other samples than before: earlier ones are then made anew.
-RECIPE = 2
+RECIPE = 3
 AT_ONCE = 64  # images whose captions are tokenized together
 
 

@@ -9,10 +9,10 @@ import random
 import re
 
 # Where a sentence ends: behind its mark and closing quotes, before white space and anything but a small letter
-# ("approx. ten"), not after a title or an initial; in scripts without spaces, behind the mark.
+# ("approx. ten"; all white space, or what is left of it would stand before the letter), not after a title or an initial; in scripts without spaces, behind the mark.
 ENDS = re.compile(
     r"(?<!\b[A-Z]\.)(?<!\bMr\.)(?<!\bMs\.)(?<!\bDr\.)(?<!\bSt\.)(?<!\bMrs\.)"
-    r"(?:(?<=[.!?…])|(?<=[.!?…][\"”’)]))\s+(?![a-zß-öø-ÿ])"
+    r"(?:(?<=[.!?…])|(?<=[.!?…][\"”’)]))\s++(?![a-zß-öø-ÿ])"
     r"|(?<=[。！？])\s*"
 )
 CLOSING = '.!?…。！？"”’)'

@@ -7,6 +7,7 @@ of them.
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -28,6 +29,10 @@ class Texts:
         # Takes memory only as it is filled.
         self._table = np.empty((ROWS_KEPT, encoder.checkpoint.config.hidden_size), np.uint16)
         self._slots: dict[int, int] = {}  # token -> row
+        added = encoder.tokenizer.added_tokens_decoder.values()
+        self._special = re.compile(
+            "|".join(re.escape(token.content) for token in added if token.special) or "(?!)"
+        )
 
     def identity(self) -> str:
         """Identifies how captions become token ids: a hash of the tokenizer and its chat template."""
@@ -47,6 +52,8 @@ class Texts:
 
     def beside(self, caption: str, images: Sequence[Grid]) -> list[int]:
         """The token ids of a caption after reference images of these grids; Skip where it is too long for that."""
+        if skip := self._not_text(caption):
+            raise skip
         try:
             return self.encoder.ids(caption, images)
         except HdlError as error:
@@ -69,14 +76,19 @@ class Texts:
         return Tokens(np.array(input_ids, np.int32), np.array(token_ids, np.int32), rows)
 
     def _checked(self, caption: str, ids: list[int]) -> list[int] | Skip:
-        image_ids = self.encoder.image_ids
+        if skip := self._not_text(caption):
+            return skip
         if len(ids) > IMAGE_POSITION or max(ids) >= self.encoder.checkpoint.config.vocab_size:
             try:
                 self.encoder.ids(caption)
             except HdlError as error:
                 return Skip("caption not usable", f"the caption cannot be used: {error}")
-        if not set(image_ids).isdisjoint(ids[: -len(image_ids)]):
-            return Skip(
-                "caption not usable", "the caption holds one of the model's own special tokens; remove it"
-            )
         return ids
+
+    def _not_text(self, caption: str) -> Skip | None:
+        """Where it would end the prompt by itself, or stand for an image."""
+        found = self._special.search(caption)
+        return found and Skip(
+            "caption not usable",
+            f"the caption holds one of the model's own special tokens, {found[0]}; remove it",
+        )

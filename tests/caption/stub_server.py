@@ -15,7 +15,7 @@ class StubServer:
     """`reply(number, body)` says what the number-th request for a caption gets."""
 
     def __init__(self, reply: Callable[[int, dict[str, Any]], Reply], model: str = "stub") -> None:
-        self.reply, self.model = reply, model
+        self.reply, self.models = reply, json.dumps({"data": [{"id": model}]})
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.in_flight = self.most_in_flight = 0
@@ -25,7 +25,7 @@ class StubServer:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 if self.path == "/v1/models":
-                    self.send(200, json.dumps({"data": [{"id": stub.model}]}))
+                    self.send(200, stub.models)
                 else:
                     self.send(404, "nothing here")
 

@@ -3,7 +3,7 @@
 import pytest
 
 from hdl.caption.question import Answer
-from hdl.caption.rules import EMPTY, REFUSED, caption_of
+from hdl.caption.rules import EMPTY, REFUSED, TOO_LONG, caption_of
 from hdl.caption.settings import Settings
 from hdl.data.captions import Look
 from hdl.data.images import Skip
@@ -63,6 +63,8 @@ def test_a_cut_answer_ends_with_its_last_whole_sentence(answer: str, expected: s
         ("i cannot help with that.", REFUSED),
         ("Sorry, I won't.", REFUSED),
         ("I am unable to describe it.", REFUSED),
+        ("<|im_end|>", EMPTY),
+        ("word " * 20_000, TOO_LONG),
     ],
 )
 def test_answers_that_are_no_captions(answer: str, kind: str) -> None:
@@ -70,6 +72,12 @@ def test_answers_that_are_no_captions(answer: str, kind: str) -> None:
     with pytest.raises(Skip) as skip:
         caption_of(Answer(answer, cut=False), Look(), settings)
     assert skip.value.kind == kind
+
+
+def test_what_ends_a_message_and_double_spaces_do_not_reach_a_caption() -> None:
+    settings = Settings.model_validate({"replace": [{"pattern": "red", "with": ""}], "suffix": "\u0007"})
+    said = Answer("A red cat.<|im_end|>\n<|im_start|>assistant", cut=False)
+    assert caption_of(said, Look(), settings) == "A cat. assistant"
 
 
 def test_a_caption_about_sorrow_is_no_refusal() -> None:

@@ -17,7 +17,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from hdl.caption.records import temporary_of
 from hdl.caption.run import caption
+from hdl.caption.server import Server
 from hdl.caption.settings import Settings
 from hdl.caption.summary import Summary, describe
 from hdl.data.files import list_folder
@@ -108,7 +110,7 @@ def test_a_caption_and_its_record_survive_a_kill_at_any_point(images: Path, run:
     run(server)
     before = texts(images)
     (images / "a.txt").unlink()  # killed after the record, before the caption
-    (images / ".a.txt.tmp").write_text("half")
+    temporary_of(images / "a.txt").write_text("half")
     (images / ".captions.jsonl").open("a").write('{"file": "b.txt", "answ')  # killed within a record
     assert counts(run(server)) == {"written": 1, "kept": 3}
     assert len(server.bodies) == 4 and texts(images) == before
@@ -222,6 +224,48 @@ def test_one_image_that_the_server_fails_on_does_not_stop_the_others(
     assert counts(summary) == {"written": 3, "server error": 1}
     assert "server error: b.txt: the server answered 400: 'bad <image>'" in describe(summary)
     assert "bad &lt;image&gt;" in summary.sheet.read_text()
+
+
+def test_a_name_as_long_as_names_can_be(images: Path, run: Run, serve: Serve) -> None:
+    (images / "a.png").rename(images / f"{'日本' * 41}xyz.png")  # 253 bytes
+    assert counts(run(serve(lambda number, body: "Fine."))) == {"written": 4}
+    assert (images / f"{'日本' * 41}xyz.txt").read_text() == "Fine.\n"
+
+
+@pytest.mark.parametrize(
+    "content", [[{"type": "text", "text": "A red"}, {"type": "text", "text": " thing."}], 5, {}]
+)
+def test_an_answer_in_parts_or_of_another_kind(images: Path, run: Run, serve: Serve, content: object) -> None:
+    choices = json.dumps({"choices": [{"message": {"content": content}, "finish_reason": "stop"}]})
+    server = serve(lambda number, body: (200, choices))
+    if isinstance(content, list):
+        assert counts(run(server)) == {"written": 4}
+        assert (images / "a.txt").read_text() == "A red thing.\n"
+    else:
+        with pytest.raises(HdlError, match="expected a chat completion"):
+            run(server)
+
+
+@pytest.mark.parametrize(
+    "models", ["[]", '"hi"', '{"data": null}', '{"data": [{"name": "m"}]}', "[" * 200_000]
+)
+def test_a_list_of_models_that_is_none(images: Path, run: Run, serve: Serve, models: str) -> None:
+    server = serve(lambda number, body: "Fine.")
+    server.models = models
+    with pytest.raises(HdlError, match="expected a list of models|expected JSON"):
+        run(server)
+
+
+@pytest.mark.parametrize("url", ["http://localhost:abc/v1", "http://[::1"])
+def test_a_url_that_is_none(url: str) -> None:
+    with pytest.raises(HdlError, match="--server .*no URL"):
+        Server(Settings(server=url))
+
+
+def test_a_key_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-café")
+    with pytest.raises(HdlError, match="OPENAI_API_KEY: holds letters that no key has"):
+        Server(Settings(server="http://localhost:1/v1"))
 
 
 class Asked:

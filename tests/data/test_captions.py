@@ -112,6 +112,12 @@ def test_sentences() -> None:
     assert sentences("静夜思。床前明月光。疑是地上霜") == ["静夜思。", "床前明月光。", "疑是地上霜"]
 
 
+@pytest.mark.parametrize("between", ["  ", "\r\n", " \n "])
+def test_a_small_letter_goes_on_with_a_sentence_behind_any_white_space(between: str) -> None:
+    text = f"It is approx.{between}ten metres high. A cat sits."
+    assert sentences(text) == [f"It is approx.{between}ten metres high.", "A cat sits."]
+
+
 def test_sentences_in_other_orders_are_the_same_sentences() -> None:
     orders = reordered(LONG, 10)
     assert orders == reordered(LONG, 10) and len(set(orders)) == 10
@@ -170,6 +176,7 @@ def test_styles_are_strings_or_records(tmp_path: Path) -> None:
     [
         (b'{"a.png": ', "not JSON (line 1, column 11"),
         (b'\xff{"a.png": "x"}', "not UTF-8"),
+        (b"[" * 100_000, "recursion"),
         (b'["a.png"]', "the whole file: Input should be a valid dictionary"),
         (b'{"a.png": 3}', "a.png: Input should be"),
         (b'{"a.png": {"style": 3}}', "a.png → style: Input should be a valid string"),
@@ -193,6 +200,7 @@ def test_bad_styles_files_are_errors(tmp_path: Path, content: bytes, message: st
     ("options", "message"),
     [
         (CaptionOptions(trigger_styles=("kotonia",)), "there is no --trigger"),
+        (CaptionOptions(trigger="  "), "--trigger '  ': no phrase"),
         (
             CaptionOptions(trigger="x", trigger_styles=("kotnia",)),
             "--trigger-styles: no image in styles.json has",

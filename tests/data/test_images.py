@@ -20,6 +20,7 @@ from hdl.data.images import (
     read_rgb,
     shrink_on_decoding,
     upright_rgb,
+    upright_size,
 )
 
 SIDE = 40
@@ -118,12 +119,18 @@ def test_cmyk_jpeg() -> None:
     assert np.abs(out.astype(int) - (255, 0, 0)).max() <= 3
 
 
-def test_exif_orientation_turns_the_image_upright() -> None:
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_exif_orientation_turns_the_image_upright(format: str) -> None:
     image = Image.new("RGB", (80, SIDE), "black")
     image.paste((255, 255, 255), (0, 0, 40, SIDE))  # left half white
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown turned a quarter clockwise: left becomes top
-    out = rgb(encoded(image, exif=exif))
+    data = encoded(image, format, exif=exif)
+    assert upright_size(open_image(data)) == (
+        SIDE,
+        80,
+    )  # of the header alone: Pillow turns a TIFF's by itself
+    out = rgb(data)
     assert out.shape == (80, SIDE, 3)
     assert (out[:40] == 255).all() and (out[40:] == 0).all()
 

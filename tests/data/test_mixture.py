@@ -119,6 +119,10 @@ def test_images_are_held_out_by_their_hash_with_all_their_views() -> None:
         more.held_out.tolist()
     )  # a larger share keeps what a smaller one did
     assert f"; {len(held)} more are held out" in mixed.describe()
+    unused = Mixture([source("a", infos), source("b", infos, repeats=0.0)], held_out=0.1)
+    assert unused.held_out.max() < 2000  # what is left out anyway says nothing of what is learnt
+    unweighted = Mixture([source("a", infos, weight=1.0), source("b", infos, weight=0.0)], held_out=0.1)
+    assert unweighted.held_out.tolist() == unused.held_out.tolist()
 
 
 @pytest.mark.parametrize(
@@ -131,6 +135,7 @@ def test_images_are_held_out_by_their_hash_with_all_their_views() -> None:
         ),
         (lambda: mixture([]), "nothing to train on: somewhere has no samples"),
         (lambda: mixture(several(3), held_out=0.9999999), "all 3 samples are held out; lower data.held_out"),
+        (lambda: mixture(several(3), held_out=1e-9), "data.held_out 1e-09: of 3 images none is in that share"),
         (lambda: mixture([info(0, tags=["t"])], tags={"t": 0.0}), "leave none of the 1 samples"),
         (
             lambda: Mixture([source("x", several(1), weight=1.0), source("y", several(1), weight=1.0, repeats=0.0)]),

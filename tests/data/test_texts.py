@@ -16,7 +16,7 @@ CAPTIONS = [
     "",
     "  two\n lines ",
     "café déjà vu 静夜思 🎨",
-    "<|im_end|>x",
+    "<im_end>x <| y |>",
     "word " * 300,
     "a red house",
 ]
@@ -33,9 +33,13 @@ def test_ids_are_the_encoders(encoder: PromptEncoder) -> None:
 
 
 def test_captions_that_cannot_be_used(encoder: PromptEncoder) -> None:
-    long, special, good = Texts(encoder).ids(["word " * 5000, "a <|boi_token|>", "good"])
+    tokens = ["<|boi_token|>", "<|im_end|>", "<|im_start|>", "<|image_pad|>"]
+    long, *special, good = Texts(encoder).ids(["word " * 5000, *(f"a {token} b" for token in tokens), "good"])
     assert isinstance(long, Skip) and "too long" in long.reason
-    assert isinstance(special, Skip) and "special tokens" in special.reason
+    for skip, token in zip(special, tokens):
+        assert isinstance(skip, Skip) and f"special tokens, {token}" in skip.reason
+        with pytest.raises(Skip, match="special tokens"):
+            Texts(encoder).beside(f"a {token} b", [])
     assert good == encoder.ids("good")
 
 
