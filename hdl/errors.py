@@ -21,12 +21,19 @@ class HdlError(Exception):
         self.on_all_ranks = on_all_ranks
 
 
+DRIVERS_WORDS = (
+    "CUDA error: out of memory",
+    "Triton Error [CUDA]: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+
+
 def ran_out_of_memory(error: BaseException | None) -> bool:
     """Whether it, or what it followed upon, was a GPU's lack of memory: the allocator's, or the driver's when it makes
-    a graph or launches a kernel, for which PyTorch has no error of its own. The end of a capture hides what broke it
-    off."""
+    a graph, loads or launches a kernel, for which PyTorch has no error of its own. The end of a capture hides what broke
+    it off."""
     while error is not None:
-        if type(error).__name__ == "OutOfMemoryError" or "CUDA error: out of memory" in str(error):
+        if type(error).__name__ == "OutOfMemoryError" or any(text in str(error) for text in DRIVERS_WORDS):
             return True
         error = error.__context__
     return False

@@ -169,10 +169,12 @@ class CudnnCalls:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._offsets: dict[tuple[int, int, int], Tensor] = {}
+        # `_plan` remembers only so many, and a graph that replays these calls never asks it for them again.
+        self._plans: dict[PlanShape, Plan] = {}
 
     def attend(self, sequences: Sequences, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
         """Fill out's rows of these sequences; returns the statistics that backward needs."""
-        plan = _plan(self._shape(sequences, q, k, v, out), self.device)
+        plan = self._planned(self._shape(sequences, q, k, v, out))
         stats = torch.empty(plan.shape.stats, device=self.device, dtype=torch.float32)
         plan.run_forward(
             q=q, k=k, v=v, o=out, stats=stats, **self._rows(sequences, q=q, k=k, v=v, o=out)
@@ -185,10 +187,15 @@ class CudnnCalls:
     ) -> None:  # fmt: skip
         """Fill dq's, dk's and dv's rows."""
         shape = self._shape(sequences, q, k, v, out, dout)
-        _plan(shape, self.device).run_backward(
+        self._planned(shape).run_backward(
             q=q, k=k, v=v, o=out, do=dout, stats=stats, dq=dq, dk=dk, dv=dv,
             **self._rows(sequences, q=q, k=k, v=v, o=out, do=dout, dq=dq, dk=dk, dv=dv),
         )  # fmt: skip
+
+    def _planned(self, shape: "PlanShape") -> "Plan":
+        if shape not in self._plans:
+            self._plans[shape] = _plan(shape, self.device)
+        return self._plans[shape]
 
     def _shape(
         self, sequences: Sequences, q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor | None = None

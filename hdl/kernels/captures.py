@@ -27,6 +27,8 @@ class Captures(Generic[C]):
     def drop(self) -> bool:
         """Give the graphs' memory back; whether there was any."""
         held = bool(self.captured)
+        if held and torch.cuda.is_available():
+            torch.cuda.synchronize()  # a replay may be under way, and unmapping waits for the capture's stream alone
         self.captured.clear()
         self._memory = None
         torch.cuda.empty_cache()
@@ -48,7 +50,7 @@ class Captures(Generic[C]):
         while True:
             try:
                 return capture()
-            except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
+            except RuntimeError as error:
                 if not ran_out_of_memory(error):
                     raise
                 if (

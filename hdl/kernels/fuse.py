@@ -289,8 +289,14 @@ class FusedDecoder:
     def offload_from(self, layers: list[int]) -> None:
         """Let what these layers keep wait in host memory."""
         self.offload, self.offloaded = Offload(len(layers), self.shared.flat.device), layers
+        self.offload.outgrown = self._forget_graphs
         for j, i in enumerate(layers):
             self.layers[i].keeper = self.offload.keeper(j)
+
+    def _forget_graphs(self) -> None:
+        """A plain pass, of pairs, has taken the host memory from under those that copy there."""
+        if self.graphs and self.graphs.captured:
+            self.graphs.drop()
 
     def forward(self, x: Tensor, layout: Layout, deepstack: Sequence[Tensor] = ()) -> Tensor:
         """As Decoder.forward: x [S, D] -> [S, D]."""

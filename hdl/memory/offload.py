@@ -94,8 +94,10 @@ class Offload:
     """The offloaded layers of a decoder; without any it does nothing."""
 
     def __init__(self, count: int = 0, device: torch.device | None = None) -> None:
-        """count: layers; device: where they compute."""
+        """count: layers; device: where they compute. outgrown, which may be replaced, is called when things need more host
+        memory than was reserved, so that what had copied to where it was does so no more."""
         self.count, self.moved = count, moved(count)
+        self.outgrown: Callable[[], object] = lambda: None
         self._device = device or torch.device("cpu")
         self._mover = Mover(self._device)
         self._host: list[HostMemory | None] = [None] * self.moved
@@ -175,7 +177,8 @@ class Offload:
         """Queue the copy to host memory; the things are held here until it is done."""
         places = _Places()
         self._sent[j] = change(things, places.place)
-        self._reserve(j, places.end)
+        if self._reserve(j, places.end):
+            self.outgrown()
         # A layer's input knows what made it, and with it this whole pass, which could then never be let go.
         things = change(things, lambda tensor: tensor.detach() if tensor.requires_grad else tensor)
         pairs = list(zip(self._views(j), _tensors(things), strict=True))

@@ -25,11 +25,14 @@ class Broken:
 
 NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
 NO_GRAPH = torch.AcceleratorError("CUDA error: out of memory\nSearch for it")
+NO_MODULE = RuntimeError("Triton Error [CUDA]: out of memory")
 HIDDEN = torch.AcceleratorError("CUDA error: operation failed due to a previous error during capture")
 
 
 @pytest.mark.parametrize(
-    "errors", [[NO_MEMORY], [NO_GRAPH], [NO_MEMORY, HIDDEN]], ids=["torch", "driver", "hidden"]
+    "errors",
+    [[NO_MEMORY], [NO_GRAPH], [NO_MODULE], [NO_MEMORY, HIDDEN]],
+    ids=["torch", "driver", "triton", "hidden"],
 )
 def test_without_memory_there_are_no_more_tries(errors: list[BaseException]) -> None:
     captures = Captures[str](enabled=True)

@@ -273,6 +273,23 @@ def test_host_memory_is_allocated_once(log: list[str]) -> None:
     assert all(a is b for a, b in zip(host, decoder_of(model).offload._host, strict=True))
 
 
+def test_a_plain_pass_that_needs_more_forgets_the_graphs_that_copy_there(log: list[str]) -> None:
+    """As of pairs, which no graph takes. On a GPU, graphs have the memory's addresses in them."""
+    model, small, large = adapted_model(CONFIG), Case(CONFIG, EQUAL[:1]), Case(CONFIG, MIXED)
+    fuse(model, keep="products", offload=5)
+    decoder = decoder_of(model)
+    decoder.graphs = Graphs(decoder)
+    small.run(model)
+    host = list(decoder.offload._host)
+    decoder.graphs._enabled = False  # plain passes
+    decoder.graphs.captured.append(captured := object())  # type: ignore[arg-type]
+    small.run(model)
+    assert decoder.graphs.captured == [captured]
+    large.run(model)
+    assert not decoder.graphs.captured
+    assert len(host) == 3 and not any(a is b for a, b in zip(host, decoder.offload._host))
+
+
 def test_its_size_is_known_from_a_rehearsal(log: list[str]) -> None:
     model, case = adapted_model(CONFIG), Case(CONFIG, MIXED)
     fuse(model, keep=MIXED_LEVELS, offload=6)
