@@ -290,10 +290,11 @@ class Loop:
             line = f"skipped a step: {what}. Its samples: {described(everyone)}"
             self.reporter.skipped(step, self.skipping.count, line)
 
-    def _ease(self, lacking: str) -> None:
-        """After a micro-batch that ran out of memory: recompute more, once. HdlError the second time."""
+    def _ease(self, lacking: str, again: bool) -> None:
+        """After a micro-batch that ran out of memory: recompute more, once. HdlError the second time, and where it cannot
+        be taken again."""
         step, said = self.done + 1, lacking.split(". ")[:2]
-        if self.eased or not self.path.ease():
+        if not again or self.eased or not self.path.ease():
             prepared = self.prepared
             config = prepared.checkpoint.config
             raise HdlError(

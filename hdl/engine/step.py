@@ -71,13 +71,13 @@ class TrainStep:
     def __init__(
         self, engine: Engine, processes: Processes,
         *, variant: Variant, flow: Flow, seed: int, dropout: float, dtype: torch.dtype, fused: bool,
-        ease: Callable[[str], None] | None = None, concern: Callable[[], bool] = lambda: False,
+        ease: Callable[[str, bool], None] | None = None, concern: Callable[[], bool] = lambda: False,
         tower: VisualTower | None = None, lockstep: Lockstep | None = None, base: Base | None = None,
         perceptual: Perceptual | None = None,
     ) -> None:  # fmt: skip
         """variant, flow, seed, dtype, fused, tower, perceptual: as flow_matching_loss takes them; dropout: the adapter's. ease:
-        called when a micro-batch ran out of memory, with what the allocator said; when it returns, the
-        micro-batch is tried again. concern: whether this rank wants the run to be looked at after the step; all
+        called when a micro-batch ran out of memory, with what the allocator said and whether the micro-batch can be
+        tried again, which it is when this returns. concern: whether this rank wants the run to be looked at after the step; all
         ranks learn of it with the step's numbers. lockstep: with which the model's passes are taken. base: predicts without the
         adapter, where batches have kept samples."""
         self.engine, self.processes = engine, processes
@@ -107,18 +107,18 @@ class TrainStep:
         """What `passes` returns; where they run out of memory, eased, once more.
 
         A gradient reaches the engine at the very end of a backward pass: one that does not get there leaves
-        nothing behind, and when memory is eased nothing of it is alive.
+        nothing behind, and when memory is eased nothing of it is alive. Once it is there, the pass is not taken again.
         """
         while True:
             try:
                 return passes()
             except RuntimeError as error:
-                if not ran_out_of_memory(error) or not self.lockstep.broke_off():
+                if not ran_out_of_memory(error):
                     raise
-                lacking = str(error) or "out of memory"
+                lacking, again = str(error) or "out of memory", self.lockstep.broke_off()
             if self.ease is None:
                 raise torch.OutOfMemoryError(lacking)
-            self.ease(lacking)
+            self.ease(lacking, again)
 
     def _ask_base(self, step: int, batch: Batch, sigmas: Tensor) -> Tensor:
         """Queue the base's prediction for a micro-batch's kept samples. This pass is by itself and done before the

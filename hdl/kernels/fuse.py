@@ -185,6 +185,8 @@ def fuse_with(adapted: PeftModel, packed: Packed | list[Packed], keep: str | lis
     decoder.forward = fused.forward  # type: ignore[method-assign]
     if list(trained_parameters(adapted)) == [FLAT]:  # else a gradient leaves the decoder at its input, too
         fused.graphs = Graphs(fused)
+    # What is said of a gradient is said before anybody else sees it.
+    fused.shared.flat.register_hook(lambda _: fused.lockstep.through("backward"))
     return fused
 
 
@@ -281,8 +283,6 @@ class FusedDecoder:
         self.streaming = Streaming(linears, ranks, store)
         if self.streaming.together:
             self.lockstep = Lockstep(self.streaming, ranks)
-            # What is said of a gradient is said before anybody else sees it.
-            self.shared.flat.register_hook(lambda _: self.lockstep.through("backward"))
         for j, i in enumerate(layers):
             self.layers[i].visit = self.streaming.visits(j)
 

@@ -22,7 +22,7 @@ Stage = Literal["forward", "backward", "forward only"]  # the last: a pass by it
 
 
 class Lockstep:
-    """Of a decoder's layers with those of the other ranks; without any it does nothing."""
+    """Of a decoder's layers with those of the other ranks; without any it only knows how far a pass has come."""
 
     def __init__(self, streaming: Streaming | None = None, ranks: Ranks | None = None) -> None:
         """streaming: whose fetches need all ranks of a machine; ranks: the run's, which all come here."""
@@ -39,19 +39,19 @@ class Lockstep:
     def through(self, stage: Stage) -> None:
         """This rank is through its pass: returns when all are. Outside of `begin` and the end of backward nothing
         is asked."""
-        if self._streaming is None or self._stage != stage:
+        if self._stage != stage:
             return
-        self._stay(stage)
+        if self._streaming:
+            self._stay(stage)
         self._enter("backward" if stage == "forward" else None)
 
     def broke_off(self) -> bool:
         """This rank's pass broke off; whether it can be taken again, as the others will stay with it."""
-        if self._streaming is None:
-            return True
         if self._stage is None:
-            return False  # gradients are on their way to the others
-        self._streaming.finish(self._stage)
-        self._some_rank(broke_off=True)
+            return False  # gradients are on their way to DeepSpeed and the others
+        if self._streaming:
+            self._streaming.finish(self._stage)
+            self._some_rank(broke_off=True)
         return True
 
     def _enter(self, stage: Stage | None) -> None:

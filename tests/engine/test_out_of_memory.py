@@ -24,6 +24,7 @@ with process_group() as processes:
     from hdl.config import load_run
     from hdl.engine.loop import train
     from hdl.errors import HdlError
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
     plain = layer.backward
     calls, failing = 0, set()
@@ -35,9 +36,21 @@ with process_group() as processes:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
         return plain(*arguments)
 
+    deliver = DeepSpeedZeroOptimizer.reduce_ready_partitions_and_remove_grads
+    delivered, late = 0, set()
+
+    def failing_delivery(*arguments):
+        global delivered
+        delivered += 1
+        if delivered in late:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return deliver(*arguments)
+
     layer.backward = failing_pass
-    for name, fails in (("undisturbed", set()), ("once", {15}), ("always", set(range(15, 1000)))):
+    DeepSpeedZeroOptimizer.reduce_ready_partitions_and_remove_grads = failing_delivery
+    for name, fails in (("undisturbed", set()), ("once", {15}), ("always", set(range(15, 1000))), ("late", set())):
         calls, failing = 0, fails
+        delivered, late = 0, {3} if name == "late" else set()
         run = load_run([
             *("--model.base", base, "--data.shards", shards, "--save.output", str(out / name)),
             *("--model.kernels", "fused", "--train.steps", "4", "--train.batch_size", "4", "--lora.rank", "4"),
@@ -62,7 +75,10 @@ def test_a_step_is_taken_again_once(tmp_path: Path, tiny_base: Path, shards: Pat
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert "ended undisturbed" in ran.stdout and "ended once" in ran.stdout
     assert "stopped always" in ran.stdout
-    stopped = ran.stdout.split("stopped always")[1]
+    stopped, late = ran.stdout.split("stopped always")[1].split("stopped late")
+    assert "step 2 ran out of memory" in late and "Tried to allocate 2.00 GiB" in late, (
+        "DeepSpeed had the gradient"
+    )
     assert "step 2 ran out of memory" in stopped and "Tried to allocate 1.00 GiB" in stopped
     assert ran.stdout.count("taken again with more recomputation") == 2
     undisturbed, once = (losses(tmp_path / "runs" / name) for name in ("undisturbed", "once"))
