@@ -25,7 +25,7 @@ from pydantic_settings import (
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     SettingsError,
-)  # fmt: skip
+)
 
 from hdl.errors import HdlError
 from hdl.o1.patches import PATCH

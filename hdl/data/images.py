@@ -114,9 +114,8 @@ def open_image(data: bytes) -> Image.Image:
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """Width and height once the image is turned as its EXIF says; it need not be decoded."""
     width, height = image.size
-    if isinstance(
-        image, TiffImageFile
-    ):  # whose size Pillow turns when it opens the file, or only when it decodes it
+    if isinstance(image, TiffImageFile):
+        # Pillow turns its size when it opens the file, or only when it decodes it: what is stored is in the tags.
         width, height = image.tag_v2[IMAGEWIDTH], image.tag_v2[IMAGELENGTH]
     return (height, width) if _orientation(image) in (5, 6, 7, 8) else (width, height)
 

@@ -69,8 +69,7 @@ class Mixture:
         self.regularization = np.array([source.regularization for source in sources])[columns.source]
         regularization = self.regularization
         counts = self._counts()
-        weights = np.array([1.0 if source.weight is None else source.weight for source in sources])
-        drawn = (counts > 0) & (weights[columns.source] > 0)
+        drawn = (counts > 0) & np.array([source.weight != 0 for source in sources])[columns.source]
         kept_back = (columns.image < held_out) & ~regularization & drawn
         if held_out and drawn.any() and not kept_back.any():
             raise HdlError(

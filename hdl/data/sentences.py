@@ -9,7 +9,8 @@ import random
 import re
 
 # Where a sentence ends: behind its mark and closing quotes, before white space and anything but a small letter
-# ("approx. ten"; all white space, or what is left of it would stand before the letter), not after a title or an initial; in scripts without spaces, behind the mark.
+# ("approx. ten"), not after a title or an initial; in scripts without spaces, behind the mark. White space is taken as a
+# whole: if less of it would do, the rest would stand before the small letter.
 ENDS = re.compile(
     r"(?<!\b[A-Z]\.)(?<!\bMr\.)(?<!\bMs\.)(?<!\bDr\.)(?<!\bSt\.)(?<!\bMrs\.)"
     r"(?:(?<=[.!?…])|(?<=[.!?…][\"”’)]))\s++(?![a-zß-öø-ÿ])"

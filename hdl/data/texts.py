@@ -29,10 +29,9 @@ class Texts:
         # Takes memory only as it is filled.
         self._table = np.empty((ROWS_KEPT, encoder.checkpoint.config.hidden_size), np.uint16)
         self._slots: dict[int, int] = {}  # token -> row
-        added = encoder.tokenizer.added_tokens_decoder.values()
-        self._special = re.compile(
-            "|".join(re.escape(token.content) for token in added if token.special) or "(?!)"
-        )
+        added = encoder.tokenizer.added_tokens_decoder
+        special = [token.content for i, token in added.items() if token.special or i in encoder.image_ids]
+        self._special = re.compile("|".join(map(re.escape, special)) or "(?!)")
 
     def identity(self) -> str:
         """Identifies how captions become token ids: a hash of the tokenizer and its chat template."""

@@ -188,7 +188,7 @@ class Loop:
         self.signals.stepping = True
         self.engine.train()  # dropout on; drawing pictures switches it off and on again
         try:
-            if self.done == 0 or (self._is_due(self.run.validation.every) and not self._is_validated()):
+            if self.done == 0 or (self._is_due(run.validation.every) and not self._is_validated()):
                 self._validate()  # which a run that was stopped after its checkpoint has not come to
             while self.done < steps and not self._is_over():
                 concerned = self._step()

@@ -22,6 +22,7 @@ import json
 import os
 import socket
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -144,7 +145,8 @@ class RunFolder:
             raise HdlError(f"save.output {self.path} cannot be written to ({error})") from None
 
     def remember_validation(self, step: int) -> None:
-        self.validated.write_text(f"{step}\n")
+        with suppress(OSError):  # on a full disk it will be made again
+            self.validated.write_text(f"{step}\n")
 
     def last_validation(self) -> int:
         """The step of the last validation; -1 when there is none, or it cannot be told."""

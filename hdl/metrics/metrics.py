@@ -62,9 +62,8 @@ class Metrics:
             self._check_both()
             if processes.is_main:  # who has all pictures
                 self.score = open_score(self.settings.style, self.settings.style_references, processes.device)
-                self.score(
-                    Image.new("RGB", (self.settings.width, self.settings.height))
-                )  # what fails does so now
+                blank = Image.new("RGB", (self.settings.width, self.settings.height))
+                self.score(blank)  # what fails does so now
         self._patches: Tensor | None = None
 
     def report(

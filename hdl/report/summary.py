@@ -26,10 +26,8 @@ QUALITY = 88  # of JPEG
 ROWS = 100  # skipped steps that are listed
 
 # Is better. Of the other metrics, what a change or a distance from the training pictures is worth is for the reader to say.
-HIGHER, LOWER = (
-    ("style/with", "style/gate", "style/score"),
-    ("style/without", "drift", "held_out/", "held_out_ema/"),
-)
+HIGHER = ("style/with", "style/gate", "style/score")
+LOWER = ("style/without", "drift", "held_out/", "held_out_ema/")
 METRICS = ("style/", "drift", "held_out/", "held_out_ema/", "memorization", "change")
 NOISY = ("loss", "grad_norm", "x0_error", "speed/")  # are smoothed
 SHARES = "data/share/"  # of the sources, together in one chart

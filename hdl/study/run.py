@@ -32,7 +32,7 @@ PICTURES = 191
 CONTROL, DEFAULT = "control", "default"
 NOTHING = ["--preserve.share", "0"]
 NAMED = ["--data.phrases", json.dumps([TAG_WORDS])]
-OFTEN = ["--data.tags", json.dumps({TAG: 3})]
+BY_HEART = [*NAMED, "--data.tags", json.dumps({TAG: 3}), "--preserve.weight", "4", "--train.steps", "800"]
 
 # By study: its set, and arms in the order of the table, each with the options it has besides.
 STUDIES: dict[str, tuple[str, dict[str, list[str]]]] = {
@@ -44,17 +44,8 @@ STUDIES: dict[str, tuple[str, dict[str, list[str]]]] = {
             DEFAULT: NAMED,
             "weight 4": [*NAMED, "--preserve.weight", "4"],
             "1200 steps": [*NAMED, "--train.steps", "1200"],
-            "3x, weight 4, 800 steps": [*NAMED, *OFTEN, "--preserve.weight", "4", "--train.steps", "800"],
-            "3x, weight 4, 800 steps, none dropped": [
-                *NAMED,
-                *OFTEN,
-                "--preserve.weight",
-                "4",
-                "--train.steps",
-                "800",
-                "--data.caption_dropout",
-                "0",
-            ],
+            "3x, weight 4, 800 steps": BY_HEART,
+            "3x, weight 4, 800 steps, none dropped": [*BY_HEART, "--data.caption_dropout", "0"],
             "phrase not named": [],
         },
     ),
