@@ -1,6 +1,7 @@
 """What is trained on while the clock runs: random images and captions of stated sizes, and their useful work.
 
     1024x1, 1024x4, 2048x1   1 or 4 square images a step, 160 text tokens each
+    1024x5                   the arm `kept` keeps one of five
     mixed                    4 images a step of about 1024² pixels, other ones every step: twelve aspect
                              ratios, captions of 20 to 400 tokens
 
@@ -87,11 +88,16 @@ def random_samples(segments: Sequence[Segment], name: str, step: int, dim: int) 
 
 
 def all_cases(tiny: bool) -> dict[str, Case]:
-    """By name. tiny: the same four with images of a few patches, for a CPU."""
+    """By name. tiny: the same five with images of a few patches, for a CPU."""
     scale, caption, captions = (16, 10, (4, 12)) if tiny else (1, 160, (20, 400))
     fixed = {
         name: Case(name, images, side // scale, (caption, caption))
-        for name, images, side in (("1024x1", 1, 1024), ("1024x4", 4, 1024), ("2048x1", 1, 2048))
+        for name, images, side in (
+            ("1024x1", 1, 1024),
+            ("1024x4", 4, 1024),
+            ("1024x5", 5, 1024),
+            ("2048x1", 1, 2048),
+        )
     }
     return fixed | {"mixed": Case("mixed", 4, 1024 // (scale // 4 or 1), captions, mixed=True)}
 

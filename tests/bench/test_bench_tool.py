@@ -15,10 +15,10 @@ import torch
 from hdl.bench import run as bench_run
 from hdl.bench.arms import Arm, Setup
 from hdl.bench.cases import all_cases
-from hdl.bench.ours import keeping
+from hdl.bench.ours import EVERY, keeping
 from hdl.bench.report import ALONE, as_data, as_markdown
 from hdl.bench.timing import step_batches
-from hdl.config import Lora
+from hdl.config import Lora, Preserve
 from hdl.data.batches import pack
 from hdl.engine.processes import Processes
 from hdl.o1.checkpoint import open_checkpoint
@@ -84,20 +84,27 @@ def test_a_tiny_run_prints_tables_and_writes_every_figure(bench: Bench, tmp_path
     assert "as a share of 1024x4's: stock" in done.stdout
 
 
-def test_the_arm_that_preserves_keeps_one_sample_of_four(bench: Bench, tmp_path: Path) -> None:
+def test_the_arm_that_preserves_keeps_one_sample_of_five(bench: Bench, tmp_path: Path) -> None:
     cases = all_cases(tiny=False)
-    batch = pack(cases["1024x4"].samples(0, 8), [0, 1, 2, 3], 4096 * 4)
+    batch = pack(cases["1024x5"].samples(0, 8), [0, 1, 2, 3, 4], 4096 * 5)
     kept = keeping(batch, 0)
-    assert kept.kept == (False, False, False, True)
-    assert kept.base and kept.base.places == [3] and kept.base.layout.segments == batch.layout.segments[3:]
+    assert kept.kept == (False, False, False, False, True)
+    assert Preserve().share == 1 / EVERY
+    assert kept.base and kept.base.places == [4] and kept.base.layout.segments == batch.layout.segments[4:]
     assert kept.base.patches.equal(batch.patches[-1024:]) and kept.base.text.equal(batch.text[-160:])
-    alone = [pack(cases["1024x1"].samples(step, 8), [0], 1024) for step in range(8)]
-    assert [any(keeping(b, step).kept) for step, b in enumerate(alone)] == [False, False, False, True] * 2
+    alone = [pack(cases["1024x1"].samples(step, 8), [0], 1024) for step in range(10)]
+    assert [any(keeping(b, step).kept) for step, b in enumerate(alone)] == [
+        False,
+        False,
+        False,
+        False,
+        True,
+    ] * 2
     out = tmp_path / "kept.json"
-    done = bench("1024x4", "--tiny", "--arms", "bf16", "kept", "--steps", 5, "--warmup", 1, "--json", out)
+    done = bench("1024x5", "--tiny", "--arms", "bf16", "kept", "--steps", 5, "--warmup", 1, "--json", out)
     assert done.returncode == 0, done.stderr
-    arms = json.loads(out.read_text())["cases"]["1024x4"]["arms"]
-    # The adapter has hardly moved: of the kept quarter hardly an error is left.
+    arms = json.loads(out.read_text())["cases"]["1024x5"]["arms"]
+    # The adapter has hardly moved: of the kept fifth hardly an error is left.
     assert sum(arms["kept"]["losses"]) < 0.9 * sum(arms["bf16"]["losses"])
 
 
