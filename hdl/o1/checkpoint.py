@@ -37,7 +37,7 @@ UNUSED = ("lm_head.", "model.visual.")
 # Of ComfyUI's scaled fp8. scale_input is for products with fp8 activations, which hdl scales itself.
 SCALE, MARKER, NOT_READ = "scale_weight", "scaled_fp8", "scale_input"
 ROWS_HASHED_AT_ONCE = 8192
-SAMPLED = 24  # rows of a tensor
+SAMPLED = 8  # rows of a tensor, side by side: a disk takes a millisecond for every place that it is asked for
 MAX_NAMED = 8
 
 
@@ -150,9 +150,9 @@ class Checkpoint:
     def identity(self, names: Iterable[str]) -> str:
         """Tells these tensors from those of any other checkpoint, without reading all of them.
 
-        A hash of their names, shapes and dtypes, of SAMPLED rows of each, and of the size and the time of change of
-        each file. Training on other weights changes nearly every number, so that a few rows show it (67 MB of the
-        real model's 14 GB); a file that was changed in place in between them has another time. Where it lies and
+        A hash of their names, shapes and dtypes, of SAMPLED rows from the middle of each, and of the size and the time
+        of change of each file. Training on other weights changes nearly every number, so that a few rows show it (20
+        MB of the real model's 14 GB); a file that was changed in place elsewhere has another time. Where it lies and
         what it is called does not matter; a copy without its time counts as another one.
         """
         digest = hashlib.sha256()
@@ -164,14 +164,13 @@ class Checkpoint:
             digest.update(f"{about.st_size} {about.st_mtime_ns}".encode())
             with _opened(file) as tensors:
                 for name in by_file[file]:
-                    tensor = tensors.get_tensor(
-                        self.entries[name].key
-                    )  # pages of the file, read when touched
+                    # Pages of the file, read when touched.
+                    tensor = tensors.get_tensor(self.entries[name].key)
                     digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
                     if self.entries[name].scale is not None:
                         digest.update(str(float(tensors.get_tensor(self.entries[name].scale))).encode())
-                    places = torch.linspace(0, len(tensor) - 1, SAMPLED).long()
-                    digest.update(tensor[places].contiguous().view(torch.uint8).numpy().data)
+                    first = max(0, len(tensor) - SAMPLED) // 2
+                    digest.update(tensor[first : first + SAMPLED].view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
 
