@@ -3,7 +3,7 @@
 An arm is a run of the trainer itself with some options of its own. All arms of a study see the same pictures for the
 same number of steps and are judged by the same prompts and noise; seeds differ in the adapter's start, the order of
 the pictures, their noise and its levels. A study that was broken off goes on where it was: what an arm came to is kept
-in its folder.
+in its folder, and an arm that several studies have is run once, in the first one's.
 """
 
 import gc
@@ -11,12 +11,12 @@ import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hdl.config import load_run
+from hdl.config import Run, load_run
 from hdl.data.prepare import Options, prepare
 from hdl.engine.loop import train
 from hdl.engine.processes import Processes
@@ -118,25 +118,11 @@ class Study:
 
     def one(self, arm: str, seed: int) -> dict[str, float]:
         """What the arm came to with this seed, by column."""
-        setting, kept = self.setting, kept_in(self.out, self.name, arm, seed)
-        folder = kept.with_name(kept.name.removesuffix(KEPT))
+        kept = kept_in(self.out, self.name, arm, seed)
         if kept.exists():
             return json.loads(kept.read_text())  # type: ignore[no-any-return]
-        flags = {
-            "model.base": BASE, "data.shards": self.shards, "data.trigger": TRIGGER, "save.output": folder,
-            "lora.rank": 16, "lora.alpha": 16, "train.steps": setting.steps, "train.batch_size": setting.batch_size,
-            "train.lr": 3e-3, "train.schedule": "cosine", "train.warmup_steps": min(10, setting.steps - 1), "train.seed": seed,
-            "train.grad_clip": 0.1, "save.every": setting.steps,
-        }  # fmt: skip
-        own = self.arms[arm]
-        usual = [
-            word
-            for name, value in flags.items()
-            if f"--{name}" not in own
-            for word in (f"--{name}", str(value))
-        ]
-        status = train(load_run([*usual, *own, "--resume", "auto"]), self.processes)
-        if status:
+        folder, own = kept.with_name(kept.name.removesuffix(KEPT)), self.arms[arm]
+        if train(described(own, self.setting, self.shards, folder, seed), self.processes):
             raise HdlError(f"{self.name}, {arm}, seed {seed} was stopped; start the study again to go on")
         outcome = self.judge.judge(folder / ("adapter_ema" if "--train.ema" in own else "adapter"))
         found = {
@@ -148,6 +134,36 @@ class Study:
         kept.write_text(json.dumps(found) + "\n")
         gc.collect()
         return found
+
+
+def described(own: list[str], setting: Setting, shards: Path, output: Path, seed: int) -> Run:
+    """The run of an arm with options of its own."""
+    flags = {
+        "model.base": BASE, "data.shards": shards, "data.trigger": TRIGGER, "save.output": output,
+        "lora.rank": 16, "lora.alpha": 16, "train.steps": setting.steps, "train.batch_size": setting.batch_size,
+        "train.lr": 3e-3, "train.schedule": "cosine", "train.warmup_steps": min(10, setting.steps - 1), "train.seed": seed,
+        "train.grad_clip": 0.1, "save.every": setting.steps,
+    }  # fmt: skip
+    usual = [
+        word for name, value in flags.items() if f"--{name}" not in own for word in (f"--{name}", str(value))
+    ]
+    return load_run([*usual, *own, "--resume", "auto"])
+
+
+@cache
+def first_with(name: str, arm: str) -> tuple[str, str]:
+    """The first study, and its arm, that trains on the same set in the same way."""
+    (kind, arms), nowhere = STUDIES[name], Path("nowhere")
+
+    def run(own: list[str]) -> Run:
+        return described(own, Setting(), nowhere, nowhere, 0)
+
+    return next(
+        (study, other)
+        for study, (its_kind, its_arms) in STUDIES.items()
+        for other, own in its_arms.items()
+        if its_kind == kind and run(own) == run(arms[arm])
+    )
 
 
 def prepared_set(out: Path, name: str) -> Path:
@@ -173,6 +189,7 @@ def runs_of(name: str, gpu: bool) -> list[str]:
 
 def kept_in(out: Path, name: str, arm: str, seed: int) -> Path:
     """The file of what an arm came to."""
+    name, arm = first_with(name, arm)
     return out / name / f"{arm.replace(',', '').replace(' ', '-')}-{seed}{KEPT}"
 
 
@@ -180,6 +197,7 @@ def write_table(out: Path, name: str, arms: Sequence[str], seeds: Sequence[int])
     """The table of a study whose runs are all done, as it is written to table.md."""
     rows = {arm: [json.loads(kept_in(out, name, arm, seed).read_text()) for seed in seeds] for arm in arms}
     table = table_of(name, rows)
+    (out / name).mkdir(exist_ok=True)  # all of its arms may be others'
     (out / name / "table.md").write_text(table)
     return table
 

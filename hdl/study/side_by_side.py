@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import ExitStack
 from functools import cache
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import torch
 from hdl.data.workers import live_and_die_with_parent
 from hdl.engine.processes import DESCRIBED, Processes, process_group
 from hdl.errors import HdlError
-from hdl.study.run import Setting, Study, prepared_set, runs_of, write_table
+from hdl.study.run import Setting, Study, kept_in, prepared_set, runs_of, write_table
 
 LOGS = "logs"
 _entered = ExitStack()  # a worker's process group, until it ends
@@ -34,11 +35,12 @@ def run_side_by_side(
     arms = {name: runs_of(name, torch.cuda.is_available()) for name in names}
     threads = max(1, (os.cpu_count() or 1) // at_once)
     with ProcessPoolExecutor(at_once, get_context("spawn"), _begin, (out / LOGS, threads)) as pool:
+        runs: dict[Path, tuple[str, str, int]] = {}
+        for name in names:
+            for arm, seed in product(arms[name], seeds):
+                runs.setdefault(kept_in(out, name, arm, seed), (name, arm, seed))
         asked: dict[Future[None], str] = {
-            pool.submit(_one, out, name, setting, arm, seed): f"{name}, {arm}, seed {seed}"
-            for name in names
-            for arm in arms[name]
-            for seed in seeds
+            pool.submit(_one, out, setting, *run): "{}, {}, seed {}".format(*run) for run in runs.values()
         }
         failed = {}
         for done, future in enumerate(as_completed(asked), 1):
@@ -70,7 +72,7 @@ def _begin(logs: Path, threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def _one(out: Path, name: str, setting: Setting, arm: str, seed: int) -> None:
+def _one(out: Path, setting: Setting, name: str, arm: str, seed: int) -> None:
     _study(out, name, setting).one(arm, seed)
 
 

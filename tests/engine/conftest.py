@@ -79,7 +79,9 @@ def launch(server: Server, shards: Path, tiny_base: Path, tmp_path: Path) -> Lau
             )
         config = tmp_path / f"{output.replace(chr(47), chr(45))}.toml"
         config.write_text(tomli_w.dumps(described))
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TRITON_INTERPRET": "0"}
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "",
+        }  # fmt: skip
         ranks = processes if processes > 1 else 0
         job = server.start([str(config), *flags], ranks, script=script, **environment)
         return Finished(job.wait(600), job.printed, tmp_path / output)

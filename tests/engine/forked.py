@@ -71,6 +71,7 @@ class Server:
         environment = os.environ | {
             "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TRITON_INTERPRET": "0",
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "60",
+            "CUDA_VISIBLE_DEVICES": "",  # no forked process can use a GPU
         }  # fmt: skip
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.engine.forked"],

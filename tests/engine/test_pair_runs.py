@@ -16,8 +16,13 @@ STEADY = {"flow__sigma": "logit_normal", "flow__logit_std": 1e-3, "train__steps"
 
 @pytest.fixture(scope="module")
 def edits(photos: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("edit-shards")
+    prepare(write_edits(photos, tmp_path_factory.mktemp("edits")), out, tiny_base, options=Options(area=96))
+    return out
+
+
+def write_edits(photos: Path, folder: Path) -> Path:
     """Three pictures to be inverted, one of them from two references, and two ordinary ones."""
-    folder, out = tmp_path_factory.mktemp("edits"), tmp_path_factory.mktemp("edit-shards")
     for name in ("astronaut", "coffee", "chelsea"):
         with Image.open(photos / f"{name}.png") as photo:
             ImageOps.invert(photo.convert("RGB")).save(folder / f"{name}.png")
@@ -27,8 +32,7 @@ def edits(photos: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFactor
     for name in ("rocket", "coins"):
         for suffix in (".png", ".txt"):
             shutil.copy(photos / (name + suffix), folder)
-    prepare(folder, out, tiny_base, options=Options(area=96))
-    return out
+    return folder
 
 
 def test_pairs_are_learnt_and_alike_on_the_fused_path_of_two_ranks(launch: Launch, edits: Path) -> None:

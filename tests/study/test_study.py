@@ -95,6 +95,26 @@ def test_every_study_has_arms_that_differ() -> None:
         assert len(set(options)) == len(options) or name == "average", name
 
 
+def test_what_several_studies_have_is_run_once(
+    tmp_path: Path, group: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    same = [("weight", "weight 16"), ("share", "share 0.2"), ("rank", "rank 16"), ("rate", "rate 3e-3")]
+    for name, arm in same:
+        assert kept_in(tmp_path, name, arm, 1) == kept_in(tmp_path, "look", "default", 1)
+    every = {kept_in(tmp_path, name, arm, 0) for name, (_, arms) in STUDIES.items() for arm in arms}
+    assert sum(len(arms) for _, arms in STUDIES.values()) - len(every) == 8
+    assert kept_in(tmp_path, "blend", "default", 0) != kept_in(tmp_path, "look", "default", 0)
+    for name, arm in [*same, ("weight", "weight 1"), ("weight", "weight 4"), ("weight", "weight 64")]:
+        file = kept_in(tmp_path, name, arm, 0)
+        file.parent.mkdir(exist_ok=True)
+        figures = dict.fromkeys(
+            ("with", "without", "drift", "accuracy", "drift itself", "seconds a step"), 0.5
+        )
+        file.write_text(json.dumps(figures))
+    monkeypatch.setattr("hdl.study.run.train", None)  # nothing is trained for the table of another study
+    assert "| weight 16 | 50.0% |" in Study(tmp_path, "weight", Setting(), group).run([0])
+
+
 def test_runs_side_by_side_come_to_the_same(tmp_path: Path, group: Processes) -> None:
     setting = Setting(steps=2, batch_size=4, count=2)
     (table,) = run_side_by_side(tmp_path, ["average"], setting, [0], at_once=2)
@@ -107,8 +127,9 @@ def test_runs_side_by_side_come_to_the_same(tmp_path: Path, group: Processes) ->
 
 
 def test_a_run_that_fails_does_not_lose_the_others(tmp_path: Path) -> None:
-    kept_in(tmp_path, "average", "last", 0).with_suffix("").mkdir(parents=True)
-    (tmp_path / "average" / "last-0" / "config.json").write_text("not ours")
+    folder = kept_in(tmp_path, "average", "last", 0).with_suffix("")
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("not ours")
     with pytest.raises(HdlError, match="1 of 2 runs failed; average, last, seed 0: .*logs"):
         list(run_side_by_side(tmp_path, ["average"], Setting(2, 4, 2), [0], at_once=2))
     assert kept_in(tmp_path, "average", "average", 0).exists()
