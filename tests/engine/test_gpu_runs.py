@@ -23,9 +23,10 @@ Start = Callable[..., Finished]
 
 
 @pytest.fixture(scope="module")
-def edits(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("gpu-edits")
-    prepare(write_edits(photos, tmp_path_factory.mktemp("gpu-pictures")), out, MINI, options=Options(area=96))
+def edits(photos: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For the tiny base: the small O1 comes without the tower that sees."""
+    folder, out = tmp_path_factory.mktemp("gpu-pictures"), tmp_path_factory.mktemp("gpu-edits")
+    prepare(write_edits(photos, folder), out, tiny_base, options=Options(area=96))
     return out
 
 
@@ -76,7 +77,6 @@ KINDS: dict[str, Options_] = {
     "8-bit moments": {"train__optimizer": "adamw_8bit", "train__ema": 0.9},
     "paged moments": {"train__optimizer": "paged_adamw_8bit"},
     "own master": {"train__master": "bfloat16"},
-    "dropout": {"lora__dropout": 0.1},
     "recomputed": {"model__keep": "input"},
 }  # fmt: skip
 
@@ -93,11 +93,13 @@ def test_the_fused_path_learns_as_the_plain_one(start: Start, kind: str) -> None
     options = KINDS[kind]
     plain = start("plain", model__kernels="plain", **options)
     fused = start("fused", model__kernels="fused", **options)
-    assert_close(fused, plain, 1.0 if kind == "dropout" else 0.03)  # which drops others
+    assert_close(fused, plain)
 
 
-def test_pairs(start: Start, edits: Path) -> None:
-    options = {"data__shards": edits, "data__held_out": 0.3, "validation__held_out_samples": 4}
+def test_pairs(start: Start, edits: Path, tiny_base: Path) -> None:
+    options: Options_ = {
+        "model__base": tiny_base, "data__shards": edits, "data__held_out": 0.3, "validation__held_out_samples": 4,
+    }  # fmt: skip
     plain = start("plain", model__kernels="plain", **options)
     fused = start("fused", model__kernels="fused", **options)
     assert "3 samples have reference images, for editing" in fused.printed
