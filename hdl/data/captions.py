@@ -87,7 +87,7 @@ def read_caption_noting(path: str) -> tuple[str, str | None]:
                 f"the caption {name} has {status.st_size:,} bytes, more than any prompt may have "
                 f"({MAX_CAPTION_BYTES:,}); shorten it",
             )
-        with open(path, "rb") as file:
+        with open(path, "rb", buffering=0) as file:
             text = file.read().decode("utf-8-sig")
     except FileNotFoundError:
         raise no_caption(name) from None

@@ -57,7 +57,7 @@ def read_bytes(path: str) -> bytes:
                     f"the file has {status.st_size:,} bytes, more than an image of the allowed size can have "
                     f"({MAX_FILE_BYTES:,})",
                 )
-            with open(descriptor, "rb", closefd=False) as file:
+            with open(descriptor, "rb", buffering=0, closefd=False) as file:
                 data = file.read()
         finally:
             os.close(descriptor)

@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from hdl.data.captions import (
@@ -83,7 +82,7 @@ class Wording:
     note: str | None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Task:
     """One image with a good caption, on its way to become samples.
 
@@ -204,7 +203,8 @@ class Plan:
                 if isinstance(wording, Skip):
                     self.summary.skips[task.source] = wording
                 else:
-                    yield replace(task, wording=wording)
+                    task.wording = wording
+                    yield task
             progress.update(len(sources))
         progress.close()
 
@@ -242,7 +242,7 @@ class Plan:
         recipe = hashlib.sha256(json.dumps(self._made_from + made_from).encode()).hexdigest()
         earlier = {
             view: known
-            for view in sizes.names()
+            for view in (sizes.names() if self.earlier.shards else ())
             if (known := self.earlier.find(source, recipe_of(recipe, view)))
         }
         job = Job(
@@ -316,8 +316,7 @@ def make_sample(
     task: Task, pictures: Pictures, picture: Picture, wording: Wording, tokens: Tokens
 ) -> tuple[SampleInfo, bytes]:
     """A sample's line (shard and offset still open) and its safetensors bytes."""
-    references = [torch.from_numpy(patches) for _, patches in picture.references]
-    payload = payload_of(tokens, torch.from_numpy(picture.patches), references)
+    payload = payload_of(tokens, picture.patches, [patches for _, patches in picture.references])
     info = SampleInfo(
         key=key_of(task.source, picture.view),
         shard="",

@@ -18,6 +18,7 @@ the caption leaves them where they are, so a pair has an empty prompt of its own
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -128,7 +129,9 @@ def bits_of(embeds: Tensor) -> np.ndarray:
 
 
 def payload_of(
-    prompts: list[Prompt] | Tokens, patches: Tensor | None = None, references: list[Tensor] | None = None
+    prompts: list[Prompt] | Tokens,
+    patches: np.ndarray | Tensor | None = None,
+    references: Sequence[np.ndarray | Tensor] = (),
 ) -> bytes:
     """A sample's bytes; the same for the same tensors. patches None: prompts alone."""
     tokens = prompts if isinstance(prompts, Tokens) else Tokens.of(prompts)
@@ -138,20 +141,21 @@ def payload_of(
         ("token_embeds", "BF16", tokens.token_embeds),
     ]
     if patches is not None:
-        parts.append(("patches", "U8", patches.contiguous().numpy()))
+        parts.append(("patches", "U8", np.ascontiguousarray(patches)))
     if references:
-        parts.append(("references", "U8", torch.cat(references).numpy()))
+        parts.append(("references", "U8", np.concatenate(references)))
     return _safetensors(parts)
 
 
 def _safetensors(parts: list[tuple[str, str, np.ndarray]]) -> bytes:
     """What safetensors.torch.save writes, which takes longer than all else done for a small image. Parts by size
     of type, then by name."""
-    header, end = {}, 0
+    header, end = [], 0
     for name, dtype, array in parts:
         start, end = end, end + array.nbytes
-        header[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": (start, end)}
-    described = json.dumps(header, separators=(",", ":")).encode()
+        shape = ",".join(map(str, array.shape))
+        header.append(f'"{name}":{{"dtype":"{dtype}","shape":[{shape}],"data_offsets":[{start},{end}]}}')
+    described = f"{{{','.join(header)}}}".encode()
     described += b" " * (-len(described) % 8)
     return b"".join([len(described).to_bytes(8, "little"), described, *(array.data for _, _, array in parts)])
 
@@ -194,8 +198,9 @@ def hash_of_captions(captions: list[str]) -> str:
     return hashlib.sha256("\0".join(captions).encode()).hexdigest()
 
 
-def info_to_json(info: SampleInfo) -> str:
-    fields = vars(info)
+def info_to_json(info: SampleInfo, **placed: str | int) -> str:
+    """A line of the samples file. placed: fields that are known by now and were not when `info` was made."""
+    fields = vars(info) | placed
     if not info.references:
         fields = {name: value for name, value in fields.items() if name not in OF_PAIRS}
     else:

@@ -18,7 +18,6 @@ import tarfile
 from array import array
 from collections import Counter
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -176,8 +175,9 @@ class ShardWriter:
         record = self.tar.keep_as(self.folder / name) | {"samples": len(self.current)}
         self.tar = None
         placed = zip(self.current, self.offsets)
-        infos = (replace(known.info, shard=name, offset=offset) for known, offset in placed)
-        lines = "".join(info_to_json(info) + "\n" for info in infos).encode()
+        lines = "".join(
+            info_to_json(known.info, shard=name, offset=offset) + "\n" for known, offset in placed
+        ).encode()
         with open(self.folder / UNFINISHED_FILE, "ab") as notes:
             # What a killed run left may end within a line.
             notes.write(b"\n" + lines + json.dumps({"version": VERSION, "shard": record}).encode() + b"\n")
@@ -235,19 +235,20 @@ class _HashedFile:
 
 def _description(info: SampleInfo) -> bytes:
     """KEY.json, for readers other than hdl."""
-    names = (
-        "captions",
-        "references",
-        "source",
-        "view",
-        "style",
-        "tags",
-        "caption_sha256",
-        "embeds_sha256",
-        "image_sha256",
-    )
-    described = {name: getattr(info, name) for name in names}
-    return json.dumps(described | {"height": info.rows * PATCH, "width": info.cols * PATCH}).encode()
+    described = {
+        "captions": info.captions,
+        "references": info.references,
+        "source": info.source,
+        "view": info.view,
+        "style": info.style,
+        "tags": info.tags,
+        "caption_sha256": info.caption_sha256,
+        "embeds_sha256": info.embeds_sha256,
+        "image_sha256": info.image_sha256,
+        "height": info.rows * PATCH,
+        "width": info.cols * PATCH,
+    }
+    return json.dumps(described).encode()
 
 
 def _tar_bytes(size: int) -> int:
@@ -261,10 +262,11 @@ def _member(name: str, data: bytes) -> bytes:
 
 def _header(name: str, size: int) -> bytes:
     """A tar header as webdataset writes it. Names are ASCII and shorter than 100 (`key_of`): one block."""
+    file, digits = name.encode(), b"%011o" % size
     block = bytearray(_EMPTY)
-    block[: len(name)] = name.encode()
-    block[124:135] = b"%011o" % size
-    block[148:156] = b"%06o\0 " % (sum(block) + 8 * ord(" "))  # as if the sum itself were spaces
+    block[: len(file)] = file
+    block[124:135] = digits
+    block[148:156] = b"%06o\0 " % (_EMPTY_SUM + sum(file) + sum(digits))
     return bytes(block)
 
 
@@ -272,8 +274,10 @@ def _empty_header() -> bytes:
     member = tarfile.TarInfo("")
     member.mode, member.uname, member.gname = 0o444, "bigdata", "bigdata"
     block = bytearray(member.tobuf(tarfile.USTAR_FORMAT))
+    block[124:135] = bytes(11)
     block[148:156] = bytes(8)
     return bytes(block)
 
 
 _EMPTY = _empty_header()
+_EMPTY_SUM = sum(_EMPTY) + 8 * ord(" ")  # of all bytes, as if those of the sum itself were spaces

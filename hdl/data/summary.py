@@ -38,7 +38,8 @@ class Summary:
         self.pairs += bool(first.references)
         self.mirrored += first.mirrored
         self.captions[len(first.captions)] += 1
-        self.views.update(info.view for info in infos)
+        for info in infos:
+            self.views[info.view] += 1
         if first.note:
             self.notes[first.source] = first.note
 

@@ -65,6 +65,11 @@ def test_a_line_of_the_samples_file_reads_back(info: SampleInfo) -> None:
     assert info_from_json(info_to_json(other)).tokens() == 5 + 6
 
 
+def test_a_line_of_the_samples_file_says_where_the_sample_was_placed(info: SampleInfo) -> None:
+    placed = dataclasses.replace(info, shard="shard-000000-1a2b3c4d.tar", offset=1536)
+    assert info_to_json(info, shard=placed.shard, offset=placed.offset) == info_to_json(placed)
+
+
 def test_bytes_that_are_no_safetensors(info: SampleInfo) -> None:
     with pytest.raises(HdlError, match="not readable as safetensors .*prepare.py again"):
         sample_from(b"nothing of the kind", info)
@@ -75,6 +80,5 @@ def test_bytes_are_those_that_safetensors_writes(info: SampleInfo) -> None:
     payload = payload_of(prompts, random_patches(6), [random_patches(2), random_patches(4)])
     assert payload == safetensors.torch.save(safetensors.torch.load(payload))
     assert payload_of(prompts) == safetensors.torch.save(safetensors.torch.load(payload_of(prompts)))
-    assert payload == payload_of(
-        Tokens.of(prompts), random_patches(6), [random_patches(2), random_patches(4)]
-    )
+    arrays = [random_patches(count).numpy() for count in (6, 2, 4)]
+    assert payload == payload_of(Tokens.of(prompts), arrays[0], arrays[1:])

@@ -32,6 +32,14 @@ def test_ids_are_the_encoders(encoder: PromptEncoder) -> None:
     assert Texts(encoder).ids([]) == []
 
 
+def test_ids_are_the_encoders_whatever_the_tokenizers_file_says_of_lengths() -> None:
+    encoder = PromptEncoder(open_checkpoint(BASE))
+    expected = [encoder.ids(caption) for caption in CAPTIONS]
+    encoder.tokenizer.backend_tokenizer.enable_truncation(4)
+    encoder.tokenizer.backend_tokenizer.enable_padding(length=8)
+    assert Texts(encoder).ids(CAPTIONS) == expected
+
+
 def test_captions_that_cannot_be_used(encoder: PromptEncoder) -> None:
     tokens = ["<|boi_token|>", "<|im_end|>", "<|im_start|>", "<|image_pad|>"]
     long, *special, good = Texts(encoder).ids(["word " * 5000, *(f"a {token} b" for token in tokens), "good"])
