@@ -88,10 +88,10 @@ def check_optimizer(train: Train, device: torch.device, dtype: torch.dtype) -> N
         )
     zero = read_strategy(train.deepspeed)["zero_optimization"]
     quantized = [name for name in zero if name.startswith("zero_quantized") and zero[name]]
-    if quantized and device.type != "cuda":
+    if quantized:
         raise HdlError(
-            f"train.deepspeed {train.deepspeed} sets {quantized[0]}, which DeepSpeed does on a CUDA GPU, and this run is on "
-            "the CPU; use ds_configs/zero3.json"
+            f"train.deepspeed {train.deepspeed} sets {quantized[0]}, with which DeepSpeed gives this model 8-bit codes where "
+            "it expects weights; to divide 8-bit weights, use model.shard and model.weights fp8 with ds_configs/zero2.json"
         )
     if train.master == "bfloat16":
         reason = None
