@@ -155,8 +155,9 @@ class Data(Section):
     """Share of samples whose shards may be lost before the run stops; others of their size take their places."""
     mirror: bool = False
     """Mirror half of the samples that were prepared as having no right way round."""
-    caption_dropout: float = Field(0.1, ge=0, le=1)
-    """Share of samples trained with the empty prompt."""
+    caption_dropout: float | None = Field(None, ge=0, le=1)
+    """Share of samples trained with the empty prompt. Unset: 0.1, and none where `preserve` is at work: a picture that
+    is shown without its caption teaches that the look comes unasked."""
     trigger: str | None = Field(None, min_length=1)
     """The phrase by which captions call for what is taught. With it, `preserve` knows how to ask without, validation what
     to compare, and the adapter's file says what it answers to."""
@@ -406,6 +407,18 @@ class Run(BaseSettings):
     resume: Literal["no", "must", "auto"] = "no"
     """Continue the newest checkpoint in save.output that is whole. must (or --resume alone): there has to be one;
     auto: or start, when there is none yet."""
+
+    @property
+    def caption_dropout(self) -> float:
+        """data.caption_dropout, or what stands for it."""
+        if self.data.caption_dropout is not None:
+            return self.data.caption_dropout
+        return 0.0 if self.preserves else 0.1
+
+    @property
+    def preserves(self) -> bool:
+        """Whether draws are asked for without the trigger."""
+        return self.data.trigger is not None and (self.preserve.share > 0 or self.preserve.regularization)
 
 
 def load_run(arguments: list[str]) -> Run:

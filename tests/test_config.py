@@ -39,6 +39,23 @@ def test_the_resolved_config_says_the_same_again(toml: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
+    ("flags", "dropout"),
+    [
+        ([], 0.1),
+        (["--data.trigger", "in red"], 0.0),
+        (["--data.trigger", "in red", "--preserve.share", "0"], 0.1),
+        (["--data.trigger", "in red", "--preserve.share", "0", "--preserve.regularization", "true"], 0.0),
+        (["--data.trigger", "in red", "--data.caption_dropout", "0.3"], 0.3),
+        (["--data.caption_dropout", "0"], 0.0),
+    ],
+)
+def test_captions_are_dropped_where_nothing_is_preserved(
+    toml: Path, flags: list[str], dropout: float
+) -> None:
+    assert load_run([str(toml), *flags]).caption_dropout == dropout
+
+
+@pytest.mark.parametrize(
     ("flags", "field", "value"),
     [
         (["--validation.prompts", "a style, a red house"], "validation.prompts", ["a style, a red house"]),

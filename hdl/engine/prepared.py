@@ -111,7 +111,7 @@ def _untriggered(
         return None
     for phrase in run.data.all_phrases:
         check_phrase(mixture, "data.trigger" if phrase == trigger else "data.phrases", phrase)
-    if not preserve.share and not preserve.regularization:
+    if not run.preserves:
         if preserve.prompts:
             raise HdlError(
                 "preserve.prompts: no draw is kept that could ask with them; set preserve.share above 0"
@@ -134,7 +134,7 @@ def cut_of(run: Run, mixture: Mixture, micro: int, state: dict[str, Any]) -> Cut
     train, data = run.train, run.data
     draws = Draws(
         mixture, train.seed,
-        caption_dropout=data.caption_dropout, mirror=data.mirror, window=data.window, lanes=data.lanes,
+        caption_dropout=run.caption_dropout, mirror=data.mirror, window=data.window, lanes=data.lanes,
         kept_share=run.preserve.share if data.trigger else 0.0,
         keep_regularization=bool(data.trigger) and run.preserve.regularization,
     )  # fmt: skip
@@ -163,8 +163,10 @@ def announce(prepared: Prepared, processes: Processes, cut: Cut, done: int) -> N
             if run.preserve.prompts
             else "their captions without the trigger"
         )
+        dropped = f"; {run.caption_dropout:.0%} of the captions are left out" if run.caption_dropout else ""
         print(
-            f"preserving: {' and '.join(filter(None, shares_kept))} ask with {asked} and are pulled to the base's own prediction"
+            f"preserving: {' and '.join(filter(None, shares_kept))} ask with {asked} and are pulled to the base's own "
+            f"prediction{dropped}"
         )
     elif run.data.trigger is None:
         print("preserving nothing: data.trigger is not set (hdl/flow/step.py)")

@@ -64,8 +64,8 @@ class Gpu:
     host: float
 
 
-# tools/bench.py's ceilings and profiles, see docs/measurements.md; the last from an H200.
-GPUS = {"h100": Gpu(690, 1230, 450, 2.7, 55), "h200": Gpu(740, 1430, 470, 3.8, 55)}
+# tools/bench.py's ceilings and profiles, and what whole steps took (docs/scaling.md); the last from an H200.
+GPUS = {"h100": Gpu(690, 1230, 450, 2.7, 55), "h200": Gpu(680, 1230, 450, 3.6, 55)}
 
 
 @dataclass(frozen=True)
