@@ -44,7 +44,7 @@ def test_the_resolved_config_says_the_same_again(toml: Path, tmp_path: Path) -> 
         ([], 0.1),
         (["--data.trigger", "in red"], 0.0),
         (["--data.trigger", "in red", "--preserve.share", "0"], 0.1),
-        (["--data.trigger", "in red", "--preserve.share", "0", "--preserve.regularization", "true"], 0.0),
+        (["--data.trigger", "in red", "--preserve.share", "0", "--preserve.regularization"], 0.0),
         (["--data.trigger", "in red", "--data.caption_dropout", "0.3"], 0.3),
         (["--data.caption_dropout", "0"], 0.0),
     ],
