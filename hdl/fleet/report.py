@@ -22,7 +22,7 @@ step ms: the median of the last half of the steps, their fastest and slowest. im
 data and all tokens/s with the sums. GiB: peaks of the allocator, the most that a rank had, loading included; at
 rest: what it has when the last step is over; weights: the frozen ones among it, as hdl/memory/plan.py counts them. of
 1 GPU: images/s of each GPU against ZeRO-2 on one with such weights; of ZeRO-2: against ZeRO-2 on as many GPUs. predicted
-ms: hdl/bench/scaling.py, made for H100s; planned GiB: hdl/memory/plan.py."""
+ms: hdl/bench/scaling.py, fitted to H100s and H200s; planned GiB: hdl/memory/plan.py."""
 
 
 @dataclass(frozen=True)
