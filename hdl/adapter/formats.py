@@ -22,9 +22,9 @@ from torch import Tensor
 
 from hdl.adapter.metadata import BASE, sizes
 from hdl.adapter.names import Format, Part, key_of, linears, parse_key
-from hdl.adapter.tensor_files import DTYPES, opened, whole, write_tensors
 from hdl.errors import HdlError
 from hdl.o1.checkpoint import Checkpoint
+from hdl.tensor_files import DTYPES, opened, whole, write_tensors
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"  # PEFT's
 WRITTEN: tuple[Format, ...] = ("peft", "comfyui", "kohya")

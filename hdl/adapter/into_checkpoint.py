@@ -26,9 +26,9 @@ from tqdm import tqdm
 
 from hdl.adapter.merge import Part, modules_of, refuse_dora, stacked
 from hdl.adapter.names import DECODER
-from hdl.adapter.tensor_files import Kind, Place, copy, opened, places, put, whole, write
 from hdl.errors import HdlError
 from hdl.o1.checkpoint import INDEX_FILE, TOKEN_TABLE, Checkpoint
+from hdl.tensor_files import Kind, Place, copy, opened, places, put, whole, write
 
 Weights = Literal["bf16", "fp8"]
 # The single file's names, as the project's facts about the model have them; other code found in public reads the

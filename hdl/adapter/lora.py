@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from hdl.adapter.formats import CONFIG_FILE, WEIGHTS_FILE, config_text
 from hdl.adapter.metadata import sizes
 from hdl.adapter.patterns import check_patterns
-from hdl.adapter.tensor_files import write_tensors
 from hdl.config import Lora
 from hdl.errors import HdlError
 from hdl.o1.decoder import O1
 from hdl.seeds import derive_seed, seeded
+from hdl.tensor_files import write_tensors
 
 
 def attach(model: O1, lora: Lora, base: str, seed: int) -> PeftModel:

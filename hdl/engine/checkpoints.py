@@ -29,8 +29,8 @@ from typing import Any
 from torch import Tensor
 
 from hdl.adapter.lora import CONFIG_FILE, WEIGHTS_FILE
-from hdl.adapter.tensor_files import write_tensors
 from hdl.errors import HdlError
+from hdl.tensor_files import write_tensors
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 AVERAGE_FILE = "ema.safetensors"

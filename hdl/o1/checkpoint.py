@@ -30,6 +30,7 @@ from hdl.memory.absent import leave_out
 from hdl.o1.config import O1Config, read_config
 from hdl.o1.decoder import O1
 from hdl.seeds import generator_for
+from hdl.tensor_files import places
 
 TOKEN_TABLE = "model.language_model.embed_tokens.weight"
 INDEX_FILE = "model.safetensors.index.json"
@@ -38,9 +39,7 @@ UNUSED = ("lm_head.", "model.visual.")
 # Of ComfyUI's scaled fp8. scale_input is for products with fp8 activations, which hdl scales itself.
 SCALE, MARKER, NOT_READ = "scale_weight", "scaled_fp8", "scale_input"
 ROWS_HASHED_AT_ONCE = 8192
-SAMPLED = (
-    65_536  # bytes of a tensor, side by side: a disk takes a millisecond for every place it is asked for
-)
+SAMPLED = 65_536  # bytes of a tensor, side by side: every place takes a disk a millisecond
 MAX_NAMED = 8
 
 
@@ -165,22 +164,17 @@ class Checkpoint:
         for file in sorted(by_file):
             about = file.stat()
             digest.update(f"{about.st_size} {about.st_mtime_ns}".encode())
+            stored, _ = places(file)
             with file.open("rb", buffering=0) as opened:
                 # Mapped, each place would bring the disk's read-ahead with it: megabytes, the whole file in the end.
                 os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-                size = int.from_bytes(opened.read(8), "little")
-                header = json.loads(opened.read(size))
                 for name in by_file[file]:
                     entry = self.entries[name]
-                    for key in (entry.key, entry.scale):
-                        if key is None:
-                            continue
-                        stored = header[key]
-                        first, end = stored["data_offsets"]
-                        place = max(first, (first + end - SAMPLED) // 2)
-                        opened.seek(8 + size + place)
-                        digest.update(f"{name} {stored['dtype']} {stored['shape']}".encode())
-                        digest.update(opened.read(min(SAMPLED, end - place)))
+                    for key in filter(None, (entry.key, entry.scale)):
+                        kind, start = stored[key].kind, stored[key].start
+                        opened.seek(start + max(0, kind.size - SAMPLED) // 2)
+                        digest.update(f"{name} {kind.dtype} {kind.shape}".encode())
+                        digest.update(opened.read(min(SAMPLED, kind.size)))
         return digest.hexdigest()
 
 

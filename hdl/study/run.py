@@ -161,11 +161,12 @@ def first_with(name: str, arm: str) -> tuple[str, str]:
     def run(own: list[str]) -> Run:
         return described(own, Setting(), nowhere, nowhere, 0)
 
+    wanted = run(arms[arm])
     return next(
         (study, other)
         for study, (its_kind, its_arms) in STUDIES.items()
         for other, own in its_arms.items()
-        if its_kind == kind and run(own) == run(arms[arm])
+        if its_kind == kind and run(own) == wanted
     )
 
 

@@ -147,13 +147,15 @@ def test_from_the_single_file_too(tiny_base: Path, tmp_path: Path, reads: list[s
 
 
 def changed(base: Path, folder: Path, name: str) -> Path:
-    """A base that differs in one tensor, with the first one's times."""
+    """A base that differs in one tensor's numbers alone, with the first one's sizes and times."""
     shutil.copytree(base, folder)
     for file in folder.glob("*.safetensors"):
         tensors = load_file(file)
         if name in tensors:
             tensors[name] = tensors[name] * 1.01
-            save_file(tensors, file)
+            with safe_open(base / file.name, framework="pt") as original:
+                save_file(tensors, file, metadata=original.metadata())
+        assert file.stat().st_size == (base / file.name).stat().st_size
         shutil.copystat(base / file.name, file)
     return folder
 
