@@ -14,6 +14,7 @@ REPOSITORY = Path(__file__).parents[2]
 # step failing in its third layer's backward pass, once; and always.
 SCRIPT = """
 import sys
+from itertools import count
 from pathlib import Path
 import torch
 from hdl.engine.processes import process_group
@@ -27,30 +28,24 @@ with process_group() as processes:
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
     plain = layer.backward
-    calls, failing = 0, set()
-
-    def failing_pass(*arguments):
-        global calls
-        calls += 1
-        if calls in failing:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
-        return plain(*arguments)
-
     deliver = DeepSpeedZeroOptimizer.reduce_ready_partitions_and_remove_grads
-    delivered, late = 0, set()
 
-    def failing_delivery(*arguments):
-        global delivered
-        delivered += 1
-        if delivered in late:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return deliver(*arguments)
+    def failing(function, fails, wanted):
+        # Where its calls, counted from 1, are among `fails`, it finds no memory.
+        numbers = count(1)
 
-    layer.backward = failing_pass
-    DeepSpeedZeroOptimizer.reduce_ready_partitions_and_remove_grads = failing_delivery
-    for name, fails in (("undisturbed", set()), ("once", {15}), ("always", set(range(15, 1000))), ("late", set())):
-        calls, failing = 0, fails
-        delivered, late = 0, {3} if name == "late" else set()
+        def call(*arguments):
+            if next(numbers) in fails:
+                raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {wanted} GiB.")
+            return function(*arguments)
+
+        return call
+
+    for name, passes, deliveries in (
+        ("undisturbed", (), ()), ("once", (15,), ()), ("always", range(15, 1000), ()), ("late", (), (3,)),
+    ):
+        layer.backward = failing(plain, passes, "1.00")
+        DeepSpeedZeroOptimizer.reduce_ready_partitions_and_remove_grads = failing(deliver, deliveries, "2.00")
         run = load_run([
             *("--model.base", base, "--data.shards", shards, "--save.output", str(out / name)),
             *("--model.kernels", "fused", "--train.steps", "4", "--train.batch_size", "4", "--lora.rank", "4"),
